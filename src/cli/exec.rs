@@ -11,6 +11,7 @@ use super::process::ProcessFlags;
 use crate::console::terminal;
 use crate::guest::exec::{self, End};
 use crate::guest::process::Defaults;
+use crate::state_dir::events::Event;
 use crate::state_dir::record::{Inherited, State};
 use crate::state_dir::{self, MachineEntry, StateDir};
 use crate::supervisor;
@@ -68,10 +69,15 @@ impl Exec {
         }
         ensure!(!command.is_empty(), "no command given: add one after the machine");
         self.process.check_terminal()?;
-        let entry = StateDir::open()?.find(machine)?;
+        let state_dir = StateDir::open()?;
+        let entry = state_dir.find(machine)?;
+        let name = command.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
         let process = self.process(inherited(&entry)?, command)?;
         let vsock = entry.file(state_dir::VSOCK);
         let admitted = exec::request_start(&vsock, &process)?;
+        let event = |action: String| entry.record.as_ref().map(|record| Event::of(record, action));
+        let began = ["exec_create", "exec_start"].into_iter().filter_map(|action| event(format!("{action}: {name}")));
+        state_dir.note(&began.collect::<Vec<_>>());
         let end = if self.detach {
             End::Reported(admitted.connect()?.started()?)
         } else {
@@ -80,6 +86,9 @@ impl Exec {
             let signals = supervisor::block_signals(true)?;
             exec::run_session(admitted.connect()?, &signals, self.process.tty && self.process.interactive)?
         };
+        if let Some((died, code)) = event("exec_die".to_owned()).zip(exit_code(&end)) {
+            state_dir.note(&[died.with("exitCode", code)]);
+        }
         match end {
             End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
             End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
@@ -108,6 +117,15 @@ impl Exec {
         process.detached = self.detach;
         process.rights = from.rights;
         Ok(process)
+    }
+}
+
+/// The exit code of a process that has ended, as a shell would report it.
+fn exit_code(end: &End) -> Option<u8> {
+    match end {
+        End::Reported(ToHost::Exited(code) | ToHost::Failed { code, .. }) => Some(*code),
+        End::Reported(ToHost::Signaled(number)) => Some(number.saturating_add(128)),
+        _ => None,
     }
 }
 

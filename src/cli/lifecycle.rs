@@ -299,6 +299,7 @@ impl LifecycleArgs {
                 wait = INITIAL_BACKOFF;
             }
             if again {
+                endpoint.note_failure(code);
                 release::await_exit();
             }
             if !again || !endpoint.wait_to_restart(wait, &signals)? {

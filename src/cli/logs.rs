@@ -45,12 +45,16 @@ pub(super) struct Logs {
     #[arg(long, value_name = "TIME", value_parser = time::timestamp_ns)]
     since: Option<u64>,
 
+    /// Show logs until a timestamp or relative time
+    #[arg(long, value_name = "TIME", value_parser = time::timestamp_ns)]
+    until: Option<u64>,
+
     /// Show timestamps
     #[arg(short, long)]
     timestamps: bool,
 
     /// Show messages of the guest kernel and of husk instead of the output
-    #[arg(long, conflicts_with_all = ["follow", "tail", "since", "timestamps"])]
+    #[arg(long, conflicts_with_all = ["follow", "tail", "since", "until", "timestamps"])]
     kernel: bool,
 }
 
@@ -98,7 +102,7 @@ impl Logs {
     }
 
     fn is_wanted(&self, head: &Head) -> bool {
-        self.since.is_none_or(|since| head.time_ns >= since)
+        self.since.is_none_or(|since| head.time_ns >= since) && self.until.is_none_or(|until| head.time_ns <= until)
     }
 }
 

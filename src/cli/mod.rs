@@ -10,6 +10,7 @@ mod cpus;
 pub mod create;
 pub mod disks;
 pub mod doctor;
+mod events;
 pub mod exec;
 pub mod exit;
 mod filter;
@@ -55,6 +56,7 @@ pub mod stop;
 pub mod suspend;
 pub mod tag;
 mod time;
+mod top;
 pub mod update;
 mod usage;
 mod volume;
@@ -122,6 +124,10 @@ enum Command {
     Attach(attach::Attach),
     /// Display resource usage statistics
     Stats(stats::StatsArgs),
+    /// Display the running processes of a machine
+    Top(top::Top),
+    /// Print what happens to machines, images and networks
+    Events(events::Events),
     /// Change the resource limits of running machines
     Update(update::UpdateArgs),
     /// Stop running machines
@@ -210,6 +216,8 @@ impl Cli {
             Command::Cp(cp) => cp.run(),
             Command::Attach(attach) => attach.run(),
             Command::Stats(stats) => stats.run(),
+            Command::Top(top) => top.run(),
+            Command::Events(events) => events.run(),
             Command::Update(update) => update.run(),
             Command::Stop(stop) => stop.run(),
             Command::Start(start) => start.run(),

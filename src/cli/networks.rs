@@ -11,6 +11,8 @@ use super::filter::matches_name;
 use super::labels::LabelFlags;
 use super::list::{Columns, ListFlags, Row};
 use crate::resources::bridge::{self, Bridge};
+use crate::state_dir::StateDir;
+use crate::state_dir::events::Event;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -88,6 +90,7 @@ impl Networks {
         match self.command {
             Command::Create { name, subnet, internal, labels } => {
                 let made = bridge::create(&name, subnet, internal, labels.labels()?)?;
+                note("create", &name);
                 super::print(&format!("{} {}/{}\n", made.name, made.subnet, bridge::PREFIX))?;
             }
             Command::Ls { list } => {
@@ -105,7 +108,10 @@ impl Networks {
                 let mut exit = Exit::Success;
                 for name in names {
                     match bridge::remove(&name) {
-                        Ok(()) => super::print(&format!("{name}\n"))?,
+                        Ok(()) => {
+                            note("destroy", &name);
+                            super::print(&format!("{name}\n"))?;
+                        }
                         Err(error) => exit = super::report(&error),
                     }
                 }
@@ -113,6 +119,12 @@ impl Networks {
             }
         }
         Ok(Exit::Success)
+    }
+}
+
+fn note(action: &str, name: &str) {
+    if let Ok(state_dir) = StateDir::open() {
+        state_dir.note(&[Event::new("network", action, name).with("name", name)]);
     }
 }
 

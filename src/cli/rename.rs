@@ -6,6 +6,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::machines;
 use crate::request::Request;
+use crate::state_dir::events::Event;
 use crate::state_dir::{StateDir, names};
 
 #[derive(Debug, Args)]
@@ -30,6 +31,8 @@ impl Rename {
             machines::request(&entry, &Request::Rename { name: self.name })?;
         } else {
             state_dir.rename(&entry, &self.name)?;
+            let earlier = entry.record.iter().map(|record| Event::of(record, "rename").renamed(&self.name));
+            state_dir.note(&earlier.collect::<Vec<_>>());
         }
         Ok(Exit::Success)
     }

@@ -9,11 +9,13 @@ pub fn ago(now_ms: u64, then_ms: u64) -> String {
     HumanDuration(Duration::from_millis(now_ms.saturating_sub(then_ms))).to_string()
 }
 
-/// Parses a relative time (`10m`, `1h30m`) or a timestamp (`2026-01-31T12:00:00Z`). Returns nanoseconds since 1970.
+/// Parses a relative time (`10m`, `1h30m`) or a timestamp (`2026-01-31T12:00:00Z`, or seconds since 1970). Returns nanoseconds since 1970.
 pub fn timestamp_ns(text: &str) -> Result<u64, String> {
-    let time = match humantime::parse_duration(text) {
-        Ok(duration) => SystemTime::now().checked_sub(duration),
-        Err(_) => humantime::parse_rfc3339_weak(text).ok(),
+    let seconds = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let time = match (seconds, humantime::parse_duration(text)) {
+        (Some(since), _) => SystemTime::UNIX_EPOCH.checked_add(since),
+        (None, Ok(duration)) => SystemTime::now().checked_sub(duration),
+        (None, Err(_)) => humantime::parse_rfc3339_weak(text).ok(),
     };
     let since = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
     since.and_then(|since| u64::try_from(since.as_nanos()).ok()).ok_or_else(|| {
@@ -47,6 +49,7 @@ mod tests {
     #[test]
     fn a_timestamp_is_absolute_or_relative() {
         assert_eq!(timestamp_ns("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
+        assert_eq!(timestamp_ns("1.5"), Ok(1_500_000_000));
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
         let hour = now - timestamp_ns("1h").unwrap();
         assert!((3_590_000_000_000..=3_600_000_000_000).contains(&hour), "{hour}");

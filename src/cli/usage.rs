@@ -66,7 +66,6 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "system" => "use `husk prune`",
         "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
         "build" | "push" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
-        "top" => "use `husk exec MACHINE ps`, or `husk stats`",
         "export" => "use `husk cp MACHINE:/ -`",
         _ => return None,
     })

@@ -101,13 +101,26 @@ impl Connections {
     }
 
     /// Waits for the exit of a process whose streams have all been taken.
-    pub fn end(self) -> Result<ToHost> {
-        self.await_message(|message| !matches!(message, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime))
+    pub fn end(mut self) -> Result<ToHost> {
+        self.end_by(None)
     }
 
     /// Waits until a process without streams has started or failed to start.
     pub fn started(self) -> Result<ToHost> {
         self.await_message(|message| !matches!(message, ToHost::Admitted | ToHost::AskTime))
+    }
+
+    /// The same as [`Connections::end`] with a deadline, after which the error is a [timeout](is_timeout).
+    pub fn end_by(&mut self, deadline: Option<Instant>) -> Result<ToHost> {
+        let is_end = |message: &ToHost| !matches!(message, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime);
+        await_message(&mut self.control, &mut self.reader, deadline, is_end)
+    }
+
+    /// Sends the process a signal.
+    pub fn signal(&mut self, number: u8) -> Result<()> {
+        let mut message = Vec::new();
+        frame::write(&ToGuest::Signal(number), &mut message).context("describe a signal")?;
+        self.control.write_all(&message).context("send a signal to the guest")
     }
 
     fn await_message(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
@@ -166,7 +179,8 @@ fn set_timeouts(stream: &UnixStream, deadline: Option<Instant>) -> io::Result<()
     stream.set_write_timeout(left)
 }
 
-fn is_timeout(error: &anyhow::Error) -> bool {
+/// Whether the guest did not answer in time.
+pub(super) fn is_timeout(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 

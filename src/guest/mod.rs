@@ -20,6 +20,7 @@ use crate::resources::modules::{self, Module};
 use crate::state_dir::identity::IdentityRecord;
 
 pub mod capability;
+pub mod capture;
 pub mod exec;
 pub mod initramfs;
 pub mod network;
@@ -35,7 +36,6 @@ pub const INIT: &[u8] = include_bytes!(env!("HUSK_INIT"));
 
 /// The source of a machine's root file system.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "a process has one")]
 pub enum RootFs {
     /// A read-only root file system shared between machines, with a writable layer on top.
     Image {

@@ -12,9 +12,11 @@
 //!   console.log      the console of the guest's kernel
 //!   husk.log         messages of husk itself, if the machine runs in the background; husk.old has earlier ones
 //! BASE/names/NAME    a link to the machine's directory
+//! BASE/events        what has happened to machines and more; events.old has what was before
 //! BASE/lock          locked while names change
 //! ```
 
+pub mod events;
 pub mod husk_log;
 pub mod identity;
 mod kept;
@@ -30,6 +32,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use events::Event;
 pub use machine_dir::MachineDir;
 use record::{Record, State};
 
@@ -164,7 +167,9 @@ impl StateDir {
         }
         // First: what is left behind without it is a machine that can be removed.
         kept::remove_of(&entry.path)?;
-        machine_dir::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
+        machine_dir::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))?;
+        entry.record.iter().for_each(|record| self.note(&[Event::of(record, "destroy")]));
+        Ok(())
     }
 
     /// Removes what killed machines have left behind. Of machines that ran in the background and are kept, only

@@ -18,6 +18,7 @@ use crate::console::stream_log::StreamLog;
 use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::request::server::Server;
+use crate::state_dir::events::Event;
 use crate::state_dir::record::{Record, State, now_ms};
 use crate::state_dir::{self, MachineDir, husk_log};
 use crate::sys::SignalFd;
@@ -34,6 +35,10 @@ pub struct ControlEndpoint {
     pub(super) end_requested: bool,
     /// When a requested stop becomes a forced one.
     pub(super) stop_by: Option<Instant>,
+    /// Whether a stop was requested, as opposed to a signal.
+    is_stopped: bool,
+    /// Whether it has never run before.
+    is_new: bool,
     /// Whether the machine was suspended, or has not continued since.
     pub(super) is_suspended: bool,
     /// The ID of the snapshot from which the machine is about to be restored.
@@ -55,6 +60,7 @@ impl ControlEndpoint {
         } else {
             None
         };
+        let is_new = dir.record().is_err();
         dir.write(&record)?;
         let (unannounced, started) = (true, Instant::now());
         let (end_requested, stop_by) = (false, None);
@@ -67,6 +73,8 @@ impl ControlEndpoint {
             unannounced,
             end_requested,
             stop_by,
+            is_stopped: false,
+            is_new,
             is_suspended,
             restored_from: None,
             started,
@@ -148,6 +156,27 @@ impl ControlEndpoint {
         self.write_record()
     }
 
+    /// Notes what happened to the machine.
+    pub(super) fn note(&self, events: impl IntoIterator<Item = Event>) {
+        self.dir.state_dir().note(&events.into_iter().collect::<Vec<_>>());
+    }
+
+    /// Notes that a signal was sent to the machine's process, or to the machine.
+    pub(super) fn note_signal(&self, signal: u8) {
+        self.note([Event::of(&self.record, "kill").with("signal", signal)]);
+    }
+
+    /// Notes that a stop was requested.
+    pub(super) fn note_stop(&mut self) {
+        self.is_stopped = true;
+        self.note_signal(self.record.stop_signal);
+    }
+
+    /// Notes that the machine has ended, and will be restarted.
+    pub fn note_failure(&self, code: u8) {
+        self.note([Event::of(&self.record, "die").with("exitCode", code)]);
+    }
+
     /// Records the machine's new state.
     pub(super) fn enter(&mut self, state: State) -> Result<()> {
         self.record.state = state;
@@ -164,6 +193,8 @@ impl ControlEndpoint {
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
             self.enter(State::Running { since_ms: now_ms() })?;
+            let created = std::mem::take(&mut self.is_new).then(|| Event::of(&self.record, "create"));
+            self.note(created.into_iter().chain([Event::of(&self.record, "start")]));
             if std::mem::take(&mut self.is_suspended) {
                 self.discard_snapshot()?;
             }
@@ -265,6 +296,12 @@ impl ControlEndpoint {
         let written = if keep { self.enter(end) } else { Ok(()) };
         if !keep {
             self.dir.forget();
+        }
+        if self.has_run() {
+            let died = Event::of(&self.record, "die").with("exitCode", code);
+            let stopped = self.is_stopped.then(|| Event::of(&self.record, "stop"));
+            let removed = (!keep).then(|| Event::of(&self.record, "destroy"));
+            self.note([Some(died), stopped, removed].into_iter().flatten());
         }
         self.server.notify_end(code);
         for socket in [state_dir::CONTROL, &format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT)] {

@@ -19,6 +19,7 @@ use crate::guest::signal;
 use crate::monitor::BEING_SAVED;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};
+use crate::state_dir::events::Event;
 use crate::state_dir::record::{State, now_ms};
 
 /// Returns `rate` with the specified limits replaced and their bursts reset to the defaults, or `None` if none is
@@ -67,9 +68,13 @@ pub(super) fn answer(recipient: &mut impl Recipient) {
             }
             Request::Stop { timeout_ms } => {
                 recipient.endpoint().request_end_within(Duration::from_millis(timeout_ms));
+                recipient.endpoint().note_stop();
                 recipient.stop().map(|()| Some(Reply::Done))
             }
-            Request::Kill { signal } => recipient.kill(signal).map(|()| Some(Reply::Done)),
+            Request::Kill { signal } => recipient.kill(signal).map(|()| {
+                recipient.endpoint().note_signal(signal);
+                Some(Reply::Done)
+            }),
             other => recipient.serve(caller, other),
         };
         let server = &mut recipient.endpoint().server;
@@ -177,7 +182,11 @@ impl Recipient for Supervisor<'_> {
                     session.resize_to(WindowSize { rows, columns });
                 }
             }
-            Request::Rename { name } => self.endpoint.dir.rename(&mut self.endpoint.record, &name)?,
+            Request::Rename { name } => {
+                let earlier = Event::of(&self.endpoint.record, "rename");
+                self.endpoint.dir.rename(&mut self.endpoint.record, &name)?;
+                self.endpoint.note([earlier.renamed(&name)]);
+            }
             Request::Stop { .. } | Request::Kill { .. } | Request::Wait => unreachable!("answered before"),
         }
         Ok(Some(Reply::Done))
@@ -192,12 +201,14 @@ impl Supervisor<'_> {
             _ => bail!("the machine is still starting: try again"),
         }
         self.monitor.pause()?;
+        self.endpoint.note([Event::of(&self.endpoint.record, "pause")]);
         self.endpoint.enter(State::Paused { since_ms: now_ms() })
     }
 
     fn unpause(&mut self) -> Result<()> {
         ensure!(matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is not paused");
         self.resume_guest()?;
+        self.endpoint.note([Event::of(&self.endpoint.record, "unpause")]);
         self.endpoint.enter(State::Running { since_ms: now_ms() })
     }
 

@@ -82,7 +82,8 @@ fn calls_of(flags: &[&str]) -> Vec<(Call, u32)> {
 /// What machines have left behind.
 fn left_in(dir: &Path) -> Vec<PathBuf> {
     let machines = fs::read_dir(dir.join("husk")).map(|entries| entries.flatten().map(|entry| entry.path()));
-    machines.into_iter().flatten().chain(Some(dir.join("vsock")).filter(|path| path.exists())).collect()
+    let machines = machines.into_iter().flatten().filter(|path| !path.ends_with("events"));
+    machines.chain(Some(dir.join("vsock")).filter(|path| path.exists())).collect()
 }
 
 /// What is wrong with how a machine has ended.

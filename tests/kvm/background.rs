@@ -102,7 +102,7 @@ impl Machines {
     pub fn dirs(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.runtime.path().join("husk")).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().into_string().unwrap());
-        names.filter(|name| !["lock", "names"].contains(&name.as_str())).collect()
+        names.filter(|name| !["events", "lock", "names"].contains(&name.as_str())).collect()
     }
 
     /// The number of names that are not dangling.

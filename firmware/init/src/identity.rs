@@ -80,6 +80,12 @@ pub fn find(wanted: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, Strin
     Ok(identity)
 }
 
+/// The name of the user `uid`, if it is listed.
+pub fn name_of(uid: u32, passwd: &[u8]) -> Option<String> {
+    let user = users(passwd).find(|user| user.uid == uid)?;
+    Some(String::from_utf8_lossy(user.name).into_owned())
+}
+
 fn find_group(wanted: &str, group: &[u8]) -> Result<u32, String> {
     let number = number(wanted.as_bytes());
     groups(group)

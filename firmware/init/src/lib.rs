@@ -26,6 +26,7 @@ pub mod network;
 mod preload;
 mod pressure;
 mod process;
+pub mod processes;
 mod pump;
 mod report;
 pub mod root;

@@ -28,8 +28,8 @@ pub use spec::{
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
-/// The path of init's own program within the guest, which implements `husk cp`: the first argument is one of those
-/// below, the second a path.
+/// The path of init's own program within the guest, which implements `husk cp` and `husk top`: the first argument is one of those
+/// below, the second, except for the last, a path.
 pub const INIT_PROGRAM: &str = "/proc/1/exe";
 /// Sends the file at the path to standard output with [`tree::send`].
 pub const COPY_FROM: &str = "copy-from";
@@ -39,6 +39,9 @@ pub const COPY_FROM_BEHIND_LINK: &str = "copy-from-behind-link";
 pub const COPY_TO: &str = "copy-to";
 /// The same, preserving the files' owners.
 pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
+/// Prints a line for each process, with tabs between user, PID, PID of the parent, CPU time in hundredths of a second, start in
+/// seconds since 1970, terminal and command.
+pub const LIST_PROCESSES: &str = "list-processes";
 /// The session of the machine's main process.
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a

@@ -81,15 +81,7 @@ impl MachineFlags {
                     return Ok(None);
                 };
                 let ImageProcess {
-                    entrypoint,
-                    cmd,
-                    env,
-                    working_dir,
-                    user,
-                    stop_signal,
-                    exposed_ports,
-                    volumes,
-                    ..
+                    entrypoint, cmd, env, working_dir, user, stop_signal, exposed_ports, volumes, ..
                 } = prepared.process;
                 let defaults =
                     Defaults { entrypoint, cmd, env, working_dir, user, stop_signal, exposed_ports, volumes };
