@@ -2,6 +2,7 @@
 
 mod cmdline;
 mod disk;
+mod health;
 mod memory;
 mod network;
 mod publish;
@@ -25,6 +26,7 @@ pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
+pub use health::HealthCheck;
 pub use publish::Publish;
 pub use rate::Rate;
 pub use share::{MAX_TAG_BYTES, SHARED_FILE, ShareCache, ShareConfig};

@@ -169,6 +169,7 @@ impl Boot {
             mounts: Vec::new(),
             stop_signal: libc::SIGTERM as u8,
             stop_timeout: None,
+            health_check: None,
         };
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());

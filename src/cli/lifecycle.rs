@@ -18,9 +18,10 @@ use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;
 use super::labels::LabelFlags;
 use super::size;
-use crate::config::MachineConfig;
+use crate::config::{HealthCheck, MachineConfig};
 use crate::console::stream_log;
 use crate::monitor::release;
+use crate::state_dir::events::Event;
 use crate::state_dir::identity::IdentityRecord;
 use crate::state_dir::mounts::MountRecord;
 use crate::state_dir::origin::Origin;
@@ -115,6 +116,8 @@ pub struct RecordInfo {
     pub stop_signal: u8,
     /// How long a stop waits for that.
     pub stop_timeout: Option<Duration>,
+    /// How its health is checked.
+    pub health_check: Option<HealthCheck>,
 }
 
 impl LifecycleArgs {
@@ -225,12 +228,14 @@ impl LifecycleArgs {
         let record = self.begin(&dir, info, config, State::Created)?;
         dir.write(&record)?;
         dir.keep();
+        dir.state_dir().note(&[Event::of(&record, "create")]);
         super::print(&format!("{}\n", dir.id()))
     }
 
     /// The record of a machine that begins in `state`. Notes how it was started, and writes its ID where that is wanted.
     fn begin(&self, dir: &MachineDir, info: RecordInfo, config: &MachineConfig, state: State) -> Result<Record> {
-        let RecordInfo { image, image_id, command, process, identity, mounts, stop_signal, stop_timeout } = info;
+        let RecordInfo { image, image_id, command, process, identity, mounts, stop_signal, stop_timeout, health_check } =
+            info;
         let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
         let labels = self.labels.labels()?;
         if earlier.is_none() {
@@ -244,6 +249,11 @@ impl LifecycleArgs {
             }
             self.write_cidfile(dir)?;
         }
+        // A suspended machine continues without the flags that it was started with.
+        let earlier_check = earlier
+            .as_ref()
+            .filter(|earlier| earlier.snapshot.is_some())
+            .and_then(|earlier| earlier.health_check.clone());
         Ok(Record {
             id: dir.id(),
             name: self.name.clone(),
@@ -263,6 +273,8 @@ impl LifecycleArgs {
             stop_signal,
             labels,
             stop_timeout_ms: stop_timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+            health_check: health_check.or(earlier_check),
+            health: None,
             process,
             identity,
             mounts,

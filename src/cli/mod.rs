@@ -16,6 +16,7 @@ pub mod exit;
 mod filter;
 pub mod generate;
 pub mod history;
+mod healthcheck;
 pub mod images;
 mod import;
 pub mod import_root;
@@ -126,6 +127,8 @@ enum Command {
     Stats(stats::StatsArgs),
     /// Display the running processes of a machine
     Top(top::Top),
+    /// Check the health of machines
+    Healthcheck(healthcheck::HealthcheckArgs),
     /// Print what happens to machines, images and networks
     Events(events::Events),
     /// Change the resource limits of running machines
@@ -217,6 +220,7 @@ impl Cli {
             Command::Attach(attach) => attach.run(),
             Command::Stats(stats) => stats.run(),
             Command::Top(top) => top.run(),
+            Command::Healthcheck(healthcheck) => healthcheck.run(),
             Command::Events(events) => events.run(),
             Command::Update(update) => update.run(),
             Command::Stop(stop) => stop.run(),

@@ -8,7 +8,7 @@ use husk_protocol::InterfaceAddress;
 
 use super::size;
 use crate::config::Rate;
-use crate::config::{Attachment, MacAddress, NetworkConfig, Publish, UserNetwork};
+use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, Publish, UserNetwork};
 use crate::guest::network::{InterfaceSetup, NetworkSetup, parse_address};
 use crate::resources::bridge::{self, Lease, Wish};
 use crate::resources::{net, passt, ports};
@@ -30,7 +30,7 @@ pub(super) struct NetworkFlags {
     #[arg(long = "network", alias = "net", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
     networks: Vec<NetworkArg>,
 
-    /// Publish a machine's port to the host, with --network user; can be repeated
+    /// Publish a machine's port to the host, with user-mode networking or on a network of husk's; can be repeated
     ///
     /// Both ports can be ranges of the same length: 5000-5009:6000-6009. Without an IP the port is published on all host
     /// addresses. Write an IPv6 address in brackets. Without HOST, a free port is chosen, which `husk port` shows.
@@ -223,13 +223,25 @@ impl NetworkFlags {
                 user.ports = ports::choose(&self.ports)?;
                 user.dns.clone_from(&self.dns);
             }
-            None if !self.ports.is_empty() => {
-                bail!("-p requires --network user: on other networks, connect to the machine's own address")
-            }
+            None if !self.ports.is_empty() => publish(&mut interfaces, ports::choose(&self.ports)?)?,
             None => {}
         }
         Ok(interfaces)
     }
+}
+
+/// Publishes the ports on the first shared network.
+fn publish(interfaces: &mut [InterfaceSetup], forwards: Vec<PortForward>) -> Result<()> {
+    for setup in interfaces {
+        if let Attachment::Bridge { ports, .. } = &mut setup.config.to {
+            if let Some(lease) = &mut setup.lease {
+                lease.publish(&forwards)?;
+            }
+            *ports = forwards;
+            return Ok(());
+        }
+    }
+    bail!("-p requires --network user or a network of `husk network create`: otherwise connect to the machine's own address")
 }
 
 impl NetworkFlags {
@@ -269,10 +281,12 @@ impl NetworkFlags {
 pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lease>> {
     let mut leases = Vec::new();
     for (index, network) in networks.iter_mut().enumerate() {
-        let Attachment::Bridge { name: interface } = &network.to else { continue };
+        let Attachment::Bridge { name: interface, .. } = &network.to else { continue };
         let Some(shared) = bridge::name_of(interface) else { continue };
         let mac = *network.mac.get_or_insert_with(|| net::mac_of(name, index));
-        leases.push(bridge::join(shared, name, mac, Wish::default())?);
+        let mut lease = bridge::join(shared, name, mac, Wish::default())?;
+        lease.publish(network.to.ports())?;
+        leases.push(lease);
     }
     Ok(leases)
 }
@@ -307,7 +321,7 @@ impl NetworkArg {
             Target::Attachment(to) => (to.clone(), self.mac),
             Target::Network(name) => {
                 let Some(machine) = machine else {
-                    let to = Attachment::Bridge { name: bridge::interface_of(name) };
+                    let to = Attachment::Bridge { name: bridge::interface_of(name), ports: Vec::new() };
                     return Ok(Some(InterfaceSetup::from(self.config(to, self.mac))));
                 };
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
@@ -359,7 +373,7 @@ mod tests {
         };
         let both = ["--network=tap=tap0,mac=02:00:00:00:00:07", "--network=user", "-p80:80", "-p", "53:53/udp"];
         assert_eq!(configs(&both), Ok(vec![tap, user(&["80:80", "53:53/udp"])]));
-        let shared = NetworkConfig::of(Attachment::Bridge { name: "husk-web".into() });
+        let shared = NetworkConfig::of(Attachment::Bridge { name: "husk-web".into(), ports: Vec::new() });
         assert_eq!(configs(&["--network=web"]), Ok(vec![shared.clone()]));
         let by_kernel = |config, on| NetworkConfig { vhost: Some(on), ..config };
         assert_eq!(configs(&["--network=web,vhost=on"]), Ok(vec![by_kernel(shared, true)]));

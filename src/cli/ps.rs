@@ -16,6 +16,7 @@ use crate::config::{Attachment, PortForward};
 use crate::image::reference::same_name;
 use crate::image::{Store, volumes};
 use crate::resources::bridge;
+use crate::state_dir::health::HealthStatus;
 use crate::state_dir::record::{Record, State, now_ms};
 use crate::state_dir::{MachineEntry, StateDir};
 
@@ -191,11 +192,7 @@ fn cpus(record: &Record) -> String {
 
 /// The published ports.
 fn ports_of(record: &Record) -> impl Iterator<Item = &PortForward> {
-    let of_user = record.config.networks.iter().filter_map(|network| match &network.to {
-        Attachment::User(network) => Some(&network.ports),
-        Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
-    });
-    of_user.flatten()
+    record.config.networks.iter().flat_map(|network| network.to.ports())
 }
 
 /// A published port, as Docker shows it.
@@ -217,7 +214,7 @@ pub fn networks(record: &Record) -> Vec<String> {
     let name = |to: &Attachment| match to {
         Attachment::User(_) => "user".to_owned(),
         Attachment::Tap { name } => format!("tap={name}"),
-        Attachment::Bridge { name } => bridge::name_of(name).unwrap_or(name).to_owned(),
+        Attachment::Bridge { name, .. } => bridge::name_of(name).unwrap_or(name).to_owned(),
     };
     record.config.networks.iter().map(|network| name(&network.to)).collect()
 }
@@ -236,6 +233,15 @@ pub fn shortened(text: &str, max_chars: usize) -> String {
     text.chars().take(max_chars.saturating_sub(1)).chain(['…']).collect()
 }
 
+/// The health of a running machine behind its state, if it is checked.
+fn health(entry: &MachineEntry) -> String {
+    match entry.record.as_ref().and_then(|record| record.health.as_ref()).map(|health| health.status) {
+        Some(HealthStatus::Starting) => " (health: starting)".to_owned(),
+        Some(status) => format!(" ({})", status.name()),
+        None => String::new(),
+    }
+}
+
 /// A description of a machine's state and its duration.
 fn status(entry: &MachineEntry) -> String {
     let restarts = entry.record.as_ref().map_or(0, |record| record.restarts);
@@ -243,7 +249,7 @@ fn status(entry: &MachineEntry) -> String {
     let words = match entry.state() {
         State::Created => "Created".to_owned(),
         State::Starting => "Starting".to_owned(),
-        State::Running { since_ms } => format!("Up {}", ago(now, since_ms)),
+        State::Running { since_ms } => format!("Up {}{}", ago(now, since_ms), health(entry)),
         State::Paused { since_ms } => format!("Up {} (Paused)", ago(now, since_ms)),
         State::Suspended { since_ms } => format!("Suspended {} ago", ago(now, since_ms)),
         State::Restarting { since_ms } => format!("Restarting, failed {} ago", ago(now, since_ms)),

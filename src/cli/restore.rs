@@ -114,6 +114,7 @@ impl Restore {
             mounts,
             stop_signal,
             stop_timeout: None,
+            health_check: None,
         };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {

@@ -1,6 +1,7 @@
 //! `husk run`: runs a command from an image in a new machine.
 
 mod docker;
+mod health;
 pub mod machine;
 pub mod session;
 mod settings;
@@ -16,6 +17,7 @@ use husk_protocol::{Limit, Tmpfs};
 use log::Level;
 
 use self::docker::DockerFlags;
+use self::health::HealthFlags;
 pub(super) use self::docker::refusal;
 use self::machine::MachineFlags;
 use self::session::Start;
@@ -142,6 +144,9 @@ pub(super) struct Run {
     #[command(flatten)]
     docker: DockerFlags,
 
+    #[command(flatten)]
+    health: HealthFlags,
+
     /// Set a resource limit (ulimit); can be repeated
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
@@ -266,6 +271,7 @@ impl Run {
             mounts: records,
             stop_signal,
             stop_timeout: self.docker.stop_timeout,
+            health_check: spec.has_session().then(|| self.health.check(spec.health_check())).flatten(),
         };
         if self.lifecycle.only_creates() {
             return self.lifecycle.leave_created(dir, info, &config).map(|()| Exit::Success);

@@ -92,6 +92,7 @@ impl Warm {
             mounts: Vec::new(),
             stop_signal,
             stop_timeout: None,
+            health_check: None,
         };
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
         let timings = Arc::new(Timings::new(started));

@@ -44,6 +44,9 @@ pub enum Attachment {
     Bridge {
         /// The bridge's interface.
         name: String,
+        /// Published ports, if it is that of a network of husk's.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ports: Vec<PortForward>,
     },
 }
 
@@ -52,7 +55,8 @@ impl Attachment {
     pub fn ports(&self) -> &[PortForward] {
         match self {
             Attachment::User(user) => &user.ports,
-            Attachment::Tap { .. } | Attachment::Bridge { .. } => &[],
+            Attachment::Bridge { ports, .. } => ports,
+            Attachment::Tap { .. } => &[],
         }
     }
 }
@@ -264,20 +268,19 @@ impl NetworkConfig {
             return Err(Invalid::UserVhost);
         }
         match &self.to {
-            Attachment::Tap { name } | Attachment::Bridge { name } => {
+            Attachment::Tap { name } | Attachment::Bridge { name, .. } => {
                 let good = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
                 let named = !matches!(name.as_str(), "" | "." | "..") && name.chars().all(good);
                 if !named || name.len() > MAX_INTERFACE_NAME_BYTES {
                     return Err(Invalid::InterfaceName(name.clone()));
                 }
             }
-            Attachment::User(UserNetwork { ports, .. }) => {
-                for PortForward { host_port, guest_port, count, .. } in ports {
-                    for first in [host_port, guest_port] {
-                        if *first == 0 || *count == 0 || first.checked_add(count - 1).is_none() {
-                            return Err(Invalid::Ports(*first, *count));
-                        }
-                    }
+            Attachment::User(_) => {}
+        }
+        for PortForward { host_port, guest_port, count, .. } in self.to.ports() {
+            for first in [host_port, guest_port] {
+                if *first == 0 || *count == 0 || first.checked_add(count - 1).is_none() {
+                    return Err(Invalid::Ports(*first, *count));
                 }
             }
         }

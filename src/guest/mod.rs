@@ -11,7 +11,7 @@ use husk_protocol::{Overlay, Preload, Process, Root, Run, Spec, Start, Tmpfs, Wi
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
 use self::shares::Share;
-use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, NetworkConfig, Transport, VsockConfig};
+use crate::config::{DEFAULT_CID, DiskConfig, Format, HealthCheck, MachineConfig, NetworkConfig, Transport, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
 use crate::layout::VirtioBus;
@@ -182,6 +182,14 @@ impl GuestSpec {
         };
         // An invalid value in the image is not the user's mistake.
         named.and_then(signal::number).unwrap_or(libc::SIGTERM as u8)
+    }
+
+    /// How the image says that the health of a machine is checked.
+    pub fn health_check(&self) -> Option<&HealthCheck> {
+        match &self.root_fs {
+            RootFs::Image { defaults, .. } => defaults.healthcheck.as_ref(),
+            RootFs::Disk { .. } => None,
+        }
     }
 
     /// Whether there is a session with a process. If not, the machine's own init uses the console.

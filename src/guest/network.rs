@@ -49,7 +49,7 @@ impl From<NetworkConfig> for InterfaceSetup {
 impl InterfaceSetup {
     /// An interface on a network that has assigned the machine an address.
     pub fn leased(lease: Lease, mac: MacAddress) -> InterfaceSetup {
-        let to = Attachment::Bridge { name: lease.bridge.interface() };
+        let to = Attachment::Bridge { name: lease.bridge.interface(), ports: Vec::new() };
         InterfaceSetup {
             config: NetworkConfig { mac: Some(mac), ..NetworkConfig::of(to) },
             addresses: vec![InterfaceAddress { ip: lease.address.into(), prefix: bridge::PREFIX }],

@@ -5,6 +5,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use husk_protocol::{Limit, Process, Rights, Tmpfs};
 
+use crate::config::HealthCheck;
+
 /// The process configuration of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Defaults {
@@ -24,6 +26,8 @@ pub struct Defaults {
     pub volumes: Vec<String>,
     /// The ports that it listens on, `PORT/tcp` or `PORT/udp`.
     pub exposed_ports: Vec<String>,
+    /// How the health of a machine is checked.
+    pub healthcheck: Option<HealthCheck>,
 }
 
 /// The user's overrides.
@@ -209,6 +213,7 @@ mod tests {
             stop_signal: None,
             volumes: Vec::new(),
             exposed_ports: Vec::new(),
+            healthcheck: None,
         }
     }
 

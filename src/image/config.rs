@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
+use crate::config::HealthCheck;
 
 /// The maximum size of a configuration or manifest; typically they have tens of KiB.
 pub const JSON_MAX_BYTES: u64 = 4 << 20;
@@ -37,6 +38,9 @@ pub struct ImageProcess {
     /// `PORT/tcp` or `PORT/udp`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exposed_ports: Vec<String>,
+    /// How the health of a machine is checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub healthcheck: Option<HealthCheck>,
     /// Labels set by the image's author.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -128,6 +132,36 @@ struct Process {
     volumes: Option<BTreeMap<String, serde::de::IgnoredAny>>,
     exposed_ports: Option<BTreeMap<String, serde::de::IgnoredAny>>,
     labels: Option<BTreeMap<String, String>>,
+    healthcheck: Option<Healthcheck>,
+}
+
+/// Times are in nanoseconds, and 0 stands for the default.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Healthcheck {
+    test: Option<Vec<String>>,
+    interval: u64,
+    timeout: u64,
+    start_period: u64,
+    start_interval: u64,
+    retries: u32,
+}
+
+impl Healthcheck {
+    /// The check, if it has a command.
+    fn check(self) -> Option<HealthCheck> {
+        let command = HealthCheck::command_of(&self.test?).filter(|command| !command.is_empty())?;
+        let default = HealthCheck::default();
+        let ms = |ns: u64, default_ms| if ns == 0 { default_ms } else { (ns / 1_000_000).max(1) };
+        Some(HealthCheck {
+            command,
+            interval_ms: ms(self.interval, default.interval_ms),
+            timeout_ms: ms(self.timeout, default.timeout_ms),
+            start_period_ms: ms(self.start_period, default.start_period_ms),
+            start_interval_ms: ms(self.start_interval, default.start_interval_ms),
+            retries: if self.retries == 0 { default.retries } else { self.retries },
+        })
+    }
 }
 
 impl From<Process> for ImageProcess {
@@ -142,6 +176,7 @@ impl From<Process> for ImageProcess {
             volumes: process.volumes.unwrap_or_default().into_keys().collect(),
             exposed_ports: process.exposed_ports.unwrap_or_default().into_keys().collect(),
             labels: process.labels.unwrap_or_default(),
+            healthcheck: process.healthcheck.and_then(Healthcheck::check),
         }
     }
 }
@@ -165,6 +200,21 @@ mod tests {
         assert_eq!(config.diff_ids, [DIGEST.parse().unwrap()]);
         let bare = ImageConfig::parse(br#"{"rootfs": {"type": "layers", "diff_ids": null}, "config": null}"#).unwrap();
         assert_eq!(bare, ImageConfig::default());
+    }
+
+    #[test]
+    fn a_health_check_has_a_command_and_defaults() {
+        let check = |json: &str| {
+            let json = format!(r#"{{"rootfs": {{}}, "config": {{"Healthcheck": {json}}}}}"#);
+            ImageConfig::parse(json.as_bytes()).unwrap().process.healthcheck
+        };
+        let found = check(r#"{"Test": ["CMD-SHELL", "curl -f x"], "Interval": 5000000000, "Retries": 2}"#).unwrap();
+        assert_eq!(found.command, ["/bin/sh", "-c", "curl -f x"]);
+        assert_eq!((found.interval_ms, found.timeout_ms, found.retries), (5000, 30_000, 2));
+        assert_eq!(check(r#"{"Test": ["CMD", "probe", "-v"]}"#).unwrap().command, ["probe", "-v"]);
+        for none in ["null", "{}", r#"{"Test": ["NONE"]}"#, r#"{"Test": []}"#, r#"{"Test": ["OTHER", "x"]}"#] {
+            assert_eq!(check(none), None, "{none}");
+        }
     }
 
     #[test]

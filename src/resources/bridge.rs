@@ -18,10 +18,13 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::firewall;
+use super::published::{self, Reserved};
 use super::lock::{self, Kind};
 use super::programs::{is_missing, run};
-use crate::config::MacAddress;
+use crate::config::{MacAddress, PortForward};
 
+/// The directory with the addresses of machines that have published ports.
+const PUBLISHED: &str = "published";
 const DIR: &str = "/run/husk/networks";
 /// The prefix of bridge names. It leaves ten of the fifteen bytes of an interface name.
 const BRIDGE_PREFIX: &str = "husk-";
@@ -83,6 +86,8 @@ pub struct Lease {
     pub address: Ipv4Addr,
     /// Its other names.
     pub aliases: Vec<String>,
+    /// Whether ports of the machine are published, and what keeps them from others.
+    published: Option<Reserved>,
     dir: PathBuf,
     _lock: File,
 }
@@ -297,7 +302,21 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wish: Wish) 
         Ok(lock)
     };
     let lock = write().with_context(|| format!("write {}", path.display()))?;
-    Ok(Lease { bridge, address, aliases: wish.aliases, dir, _lock: lock })
+    Ok(Lease { bridge, address, aliases: wish.aliases, published: None, dir, _lock: lock })
+}
+
+impl Lease {
+    /// Publishes ports of the machine on the host, as long as it has the lease.
+    pub fn publish(&mut self, ports: &[PortForward]) -> Result<()> {
+        if ports.is_empty() {
+            return Ok(());
+        }
+        // Noted first, so that they are closed even if this process is killed.
+        let noted = self.dir.join(PUBLISHED).join(self.address.to_string());
+        noted.parent().map_or(Ok(()), make_shown).and_then(|()| fs::write(&noted, "")).context("publish the ports")?;
+        self.published = Some(published::open(&self.bridge, self.address, ports)?);
+        Ok(())
+    }
 }
 
 /// Checks a name, which is written to line-based files of dnsmasq.
@@ -376,6 +395,11 @@ fn remove_stale(dir: &Path) {
 }
 
 fn forget(dir: &Path, address: Ipv4Addr) {
+    if fs::remove_file(dir.join(PUBLISHED).join(address.to_string())).is_ok()
+        && let Some(name) = dir.file_name().and_then(|name| name.to_str())
+    {
+        published::close(&interface_of(name), address);
+    }
     for part in ["hosts", "dhcp", "leases"] {
         let _ = fs::remove_file(dir.join(part).join(address.to_string()));
     }

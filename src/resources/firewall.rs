@@ -199,6 +199,10 @@ fn passages(bridge: &Bridge) -> Vec<Passage> {
             format!("oifname \"{interface}\" ct state established,related"),
             format!("-o {interface} -m conntrack --ctstate RELATED,ESTABLISHED"),
         );
+        forward(
+            format!("oifname \"{interface}\" ct status dnat"),
+            format!("-o {interface} -m conntrack --ctstate DNAT"),
+        );
     }
     all
 }
@@ -273,8 +277,9 @@ fn own_passages(bridge: &Bridge) -> Vec<(String, String, String, String)> {
 }
 
 /// The output of `nft list`; empty without nft.
-fn listed(what: &str) -> Vec<Value> {
-    let listed = output("nft", &["-j", "list", what]).ok().and_then(|json| serde_json::from_str::<Value>(&json).ok());
+pub(super) fn listed(what: &str) -> Vec<Value> {
+    let words: Vec<&str> = ["-j", "list"].into_iter().chain(what.split(' ')).collect();
+    let listed = output("nft", &words).ok().and_then(|json| serde_json::from_str::<Value>(&json).ok());
     match listed.map(|mut listed| listed["nftables"].take()) {
         Some(Value::Array(objects)) => objects,
         _ => Vec::new(),
@@ -282,7 +287,7 @@ fn listed(what: &str) -> Vec<Value> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
     use std::path::Path;
@@ -300,13 +305,13 @@ mod tests {
     const MACHINE: &str = "10.86.7.9";
     const TIMEOUT: Duration = Duration::from_secs(3);
 
-    fn shell(script: &str) {
+    pub(crate) fn shell(script: &str) {
         run("sh", &["-ec", script]).unwrap();
     }
 
     /// Runs `job` in a new network namespace connected through a veth pair, whose end here is called `near`, after
     /// running `script` there.
-    fn elsewhere<'scope, T: Send + 'scope>(
+    pub(crate) fn elsewhere<'scope, T: Send + 'scope>(
         scope: &'scope thread::Scope<'scope, '_>,
         near: &str,
         script: String,

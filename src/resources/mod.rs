@@ -18,6 +18,7 @@ pub mod modules;
 pub mod net;
 pub mod passt;
 pub mod ports;
+mod published;
 pub(crate) mod programs;
 pub mod resolver;
 pub mod root_file;

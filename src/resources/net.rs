@@ -102,7 +102,7 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Netwo
             let (taps, _) = open_tap(name, pairs).with_context(|| format!("open tap device {name}"))?;
             Ok((on_tap(taps, name, mac, vhost)?, None))
         }
-        Attachment::Bridge { name } => {
+        Attachment::Bridge { name, .. } => {
             let (taps, own_name) =
                 open_tap(TAP_NAMES, pairs).with_context(|| format!("create a tap device for {name}"))?;
             bridge::attach(&own_name, name)?;

@@ -2,12 +2,14 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind as bind_socket, socket_with};
 
 use crate::config::{PortForward, Protocol, Publish};
 
@@ -110,6 +112,31 @@ pub fn check_free(port: &PortForward) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes a port of the host without listening, until the result is dropped.
+pub fn reserve(port: &PortForward) -> Result<Vec<OwnedFd>> {
+    let take = |number| -> Result<OwnedFd> {
+        let kind = match port.protocol {
+            Protocol::Tcp => SocketType::STREAM,
+            Protocol::Udp => SocketType::DGRAM,
+        };
+        let bind_to = |ip: IpAddr| -> rustix::io::Result<OwnedFd> {
+            let family = if ip.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+            let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+            bind_socket(&socket, &SocketAddr::new(ip, number))?;
+            Ok(socket)
+        };
+        let taken = match port.host_ip {
+            Some(ip) => bind_to(ip),
+            None => match bind_to(Ipv6Addr::UNSPECIFIED.into()) {
+                Err(rustix::io::Errno::AFNOSUPPORT) => bind_to(Ipv4Addr::UNSPECIFIED.into()),
+                taken => taken,
+            },
+        };
+        taken.with_context(|| format!("take host port {number}"))
+    };
+    numbers(port).map(take).collect()
 }
 
 /// The first port number of `port` that is not open.

@@ -17,6 +17,7 @@
 //! ```
 
 pub mod events;
+pub mod health;
 pub mod husk_log;
 pub mod identity;
 mod kept;

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 use husk_protocol::{Process, Rights};
 use serde::{Deserialize, Serialize};
 
-use crate::config::MachineConfig;
+use crate::config::{HealthCheck, MachineConfig};
+use crate::state_dir::health::Health;
 use crate::state_dir::identity::IdentityRecord;
 use crate::state_dir::mounts::MountRecord;
 use crate::sys::private_file;
@@ -56,6 +57,12 @@ pub struct Record {
     /// How long a stop waits before it is forced, in milliseconds, unless the request says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_timeout_ms: Option<u64>,
+    /// How its health is checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
+    /// Its health, if it is checked and has started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
     /// What the machine is called and how it is connected, if it runs husk's init.
@@ -195,6 +202,20 @@ impl From<&Process> for Inherited {
     }
 }
 
+impl Inherited {
+    /// An additional process with these arguments, and without input.
+    pub fn process(&self, args: Vec<Vec<u8>>) -> Process {
+        Process {
+            args,
+            env: self.env.iter().cloned().map(Vec::from).collect(),
+            working_dir: self.working_dir.clone().into(),
+            user: self.user.clone(),
+            rights: self.rights.clone(),
+            ..Process::default()
+        }
+    }
+}
+
 impl Record {
     /// Whether the machine stays when it is not running, until it is removed.
     pub fn stays(&self) -> bool {
@@ -275,6 +296,8 @@ pub(crate) mod tests {
             stop_signal: 15,
             labels: BTreeMap::new(),
             stop_timeout_ms: None,
+            health_check: None,
+            health: None,
             process: None,
             identity: None,
             mounts: Vec::new(),

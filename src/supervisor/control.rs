@@ -11,6 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::drain::{self, Printer};
 use super::endpoint::ControlEndpoint;
+use super::health::Prober;
 use super::requests;
 use super::snapshot::{Save, Snapshot};
 use crate::config::MachineConfig;
@@ -24,6 +25,7 @@ use crate::guest::signal;
 use crate::monitor::Monitor;
 use crate::resources::passt::Starter;
 use crate::resources::{Outside, Resources};
+use crate::state_dir;
 use crate::sys::SignalFd;
 use crate::sys::resident::IdleTrim;
 use crate::sys::timer::ClockJumps;
@@ -41,9 +43,10 @@ pub(super) enum Token {
     Passt,
     ClockJump,
     Snapshot,
+    Health,
 }
 
-const TOKENS: [Token; 9] = [
+const TOKENS: [Token; 10] = [
     Token::Exit,
     Token::Monitor,
     Token::Signal,
@@ -53,6 +56,7 @@ const TOKENS: [Token; 9] = [
     Token::Passt,
     Token::ClockJump,
     Token::Snapshot,
+    Token::Health,
 ];
 
 /// What this process's standard streams and signals are connected to.
@@ -132,6 +136,8 @@ pub(super) struct Supervisor<'a> {
     pub(super) snapshot: Option<Snapshot>,
     /// The IDs of snapshots since which it is known what has changed in memory.
     pub(super) bases: Vec<String>,
+    /// Checks the health of the machine, once it is running.
+    pub(super) prober: Option<Prober>,
     /// Whether the machine's network links are down until it differs from the one that was saved.
     is_unplugged: bool,
 }
@@ -178,6 +184,7 @@ impl<'a> Supervisor<'a> {
             save: None,
             snapshot: None,
             bases,
+            prober: None,
             is_unplugged,
         })
     }
@@ -227,6 +234,11 @@ impl<'a> Supervisor<'a> {
                     Some(Token::ControlEndpoint) => requests::answer(self),
                     // Not on the device's thread, so that only this one starts processes.
                     Some(Token::Passt) => self.monitor.outside().starters().for_each(Starter::start_if_needed),
+                    Some(Token::Health) => {
+                        if let Some(prober) = &self.prober {
+                            self.endpoint.note_health(prober.take(), prober.in_start_period())?;
+                        }
+                    }
                     Some(Token::ClockJump) if self.clock_jumps.take() => self.check_guest_clock(),
                     Some(Token::ClockJump | Token::Snapshot) | None => {}
                 }
@@ -260,7 +272,20 @@ impl<'a> Supervisor<'a> {
         if !is_double && std::mem::take(&mut self.is_unplugged) {
             self.monitor.set_links(true)?;
         }
-        self.endpoint.note_running()
+        self.endpoint.note_running()?;
+        self.start_prober()
+    }
+
+    /// Starts the health checks, if there are any and they have not been started.
+    fn start_prober(&mut self) -> Result<()> {
+        let record = &self.endpoint.record;
+        let (Some(check), Some(process), None) = (&record.health_check, &record.process, &self.prober) else {
+            return Ok(());
+        };
+        let prober = Prober::start(check.clone(), process, self.endpoint.file(state_dir::VSOCK))?;
+        watch(&self.epoll, prober.as_raw_fd(), Token::Health)?;
+        self.prober = Some(prober);
+        Ok(())
     }
 
     /// The maximum time to wait, in milliseconds: unlimited, unless the process has not been trimmed, a session is over and

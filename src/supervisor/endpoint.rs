@@ -19,6 +19,7 @@ use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::request::server::Server;
 use crate::state_dir::events::Event;
+use crate::state_dir::health::{Health, Probe};
 use crate::state_dir::record::{Record, State, now_ms};
 use crate::state_dir::{self, MachineDir, husk_log};
 use crate::sys::SignalFd;
@@ -177,6 +178,20 @@ impl ControlEndpoint {
         self.note([Event::of(&self.record, "die").with("exitCode", code)]);
     }
 
+    /// Notes the results of health checks.
+    pub(super) fn note_health(&mut self, probes: Vec<Probe>, in_start_period: bool) -> Result<()> {
+        for probe in probes {
+            let (Some(health), Some(check)) = (&mut self.record.health, &self.record.health_check) else { return Ok(()) };
+            let has_changed = health.note(check, probe, in_start_period);
+            let action = format!("health_status: {}", health.status.name());
+            if has_changed {
+                self.note([Event::of(&self.record, action)]);
+            }
+            self.write_record()?;
+        }
+        Ok(())
+    }
+
     /// Records the machine's new state.
     pub(super) fn enter(&mut self, state: State) -> Result<()> {
         self.record.state = state;
@@ -192,6 +207,7 @@ impl ControlEndpoint {
     /// detached. Does nothing when repeated.
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
+            self.record.health = self.record.health_check.as_ref().map(|_| Health::default());
             self.enter(State::Running { since_ms: now_ms() })?;
             let created = std::mem::take(&mut self.is_new).then(|| Event::of(&self.record, "create"));
             self.note(created.into_iter().chain([Event::of(&self.record, "start")]));

@@ -4,6 +4,7 @@
 mod control;
 mod drain;
 mod endpoint;
+mod health;
 mod job;
 pub mod notify;
 mod requests;
@@ -11,4 +12,5 @@ mod snapshot;
 
 pub use control::{Stdio, block_signals, run};
 pub use endpoint::ControlEndpoint;
+pub use health::probe;
 pub use snapshot::Save;

@@ -201,6 +201,7 @@ impl Supervisor<'_> {
             _ => bail!("the machine is still starting: try again"),
         }
         self.monitor.pause()?;
+        self.prober.iter().for_each(|prober| prober.set_paused(true));
         self.endpoint.note([Event::of(&self.endpoint.record, "pause")]);
         self.endpoint.enter(State::Paused { since_ms: now_ms() })
     }
@@ -208,6 +209,7 @@ impl Supervisor<'_> {
     fn unpause(&mut self) -> Result<()> {
         ensure!(matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is not paused");
         self.resume_guest()?;
+        self.prober.iter().for_each(|prober| prober.set_paused(false));
         self.endpoint.note([Event::of(&self.endpoint.record, "unpause")]);
         self.endpoint.enter(State::Running { since_ms: now_ms() })
     }

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::cli::time::rfc3339;
+use crate::config::HealthCheck;
 use crate::image::{Digest, ImageProcess, Listed};
 
 /// An image.
@@ -36,6 +38,8 @@ struct Config {
     entrypoint: Vec<String>,
     labels: BTreeMap<String, String>,
     stop_signal: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    healthcheck: Option<Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -91,7 +95,18 @@ pub fn inspect(image: Listed) -> Inspected {
 }
 
 fn config(process: ImageProcess) -> Config {
-    let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, volumes, exposed_ports, labels } = process;
+    let ImageProcess {
+        entrypoint,
+        cmd,
+        env,
+        working_dir,
+        user,
+        stop_signal,
+        volumes,
+        exposed_ports,
+        labels,
+        healthcheck,
+    } = process;
     let set = |names: Vec<String>| names.into_iter().map(|name| (name, Empty {})).collect();
     Config {
         user,
@@ -103,5 +118,16 @@ fn config(process: ImageProcess) -> Config {
         entrypoint,
         labels,
         stop_signal: stop_signal.unwrap_or_default(),
+        healthcheck: healthcheck.as_ref().map(in_dockers_words),
     }
+}
+
+/// A health check as in an image's configuration.
+fn in_dockers_words(check: &HealthCheck) -> Value {
+    let ns = |ms: u64| ms.saturating_mul(1_000_000);
+    json!({
+        "Test": std::iter::once("CMD").chain(check.command.iter().map(String::as_str)).collect::<Vec<_>>(),
+        "Interval": ns(check.interval_ms), "Timeout": ns(check.timeout_ms), "Retries": check.retries,
+        "StartPeriod": ns(check.start_period_ms), "StartInterval": ns(check.start_interval_ms),
+    })
 }

@@ -10,6 +10,7 @@ use crate::cli::time::rfc3339;
 use crate::config::{Attachment, MachineConfig, NetworkConfig};
 use crate::image::{Store, volumes};
 use crate::resources::bridge;
+use crate::state_dir::health::Health;
 use crate::state_dir::identity::InterfaceRecord;
 use crate::state_dir::record::{Record, State, Text};
 use crate::state_dir::{MachineEntry, STREAMS_LOG};
@@ -67,7 +68,7 @@ struct Condition {
     error: String,
     started_at: String,
     finished_at: String,
-    health: Option<String>,
+    health: Option<Health>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -166,8 +167,8 @@ struct Own {
 }
 
 /// The health of a machine, in Docker's words.
-pub fn health(_record: &Record) -> &str {
-    "none"
+pub fn health(record: &Record) -> &'static str {
+    record.health.as_ref().map_or("none", |health| health.status.name())
 }
 
 /// What is known about a machine.
@@ -235,7 +236,7 @@ fn condition(entry: &MachineEntry, record: &Record) -> Condition {
         error,
         started_at,
         finished_at,
-        health: None,
+        health: record.health.clone(),
     }
 }
 
@@ -295,7 +296,7 @@ fn network_name(network: &NetworkConfig) -> String {
     match &network.to {
         Attachment::User(_) => "user".to_owned(),
         Attachment::Tap { name } => name.clone(),
-        Attachment::Bridge { name } => bridge::name_of(name).unwrap_or(name).to_owned(),
+        Attachment::Bridge { name, .. } => bridge::name_of(name).unwrap_or(name).to_owned(),
     }
 }
 

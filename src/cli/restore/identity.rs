@@ -76,6 +76,11 @@ impl IdentityFlags {
             setups.push(self.interface(index, device, known, name, is_same)?);
         }
         self.publish(setups.iter_mut().map(|setup| &mut setup.config), is_same)?;
+        for setup in &mut setups {
+            if let Some(lease) = &mut setup.lease {
+                lease.publish(setup.config.to.ports())?;
+            }
+        }
         let network = NetworkSetup::new(setups, &saved.dns).with_names(&saved.names)?;
         let keeps_hostname = is_same || saved.is_hostname_chosen;
         let kept = keeps_hostname.then(|| saved.hostname.clone());
@@ -136,7 +141,7 @@ impl IdentityFlags {
         let kept = device.mac.filter(|_| is_same);
         let mac = kept.unwrap_or_else(|| net::mac_of(name, index));
         let shared = match &device.to {
-            Attachment::Bridge { name: interface } => bridge::name_of(interface),
+            Attachment::Bridge { name: interface, .. } => bridge::name_of(interface),
             Attachment::User(_) | Attachment::Tap { .. } => None,
         };
         let mut setup = match (self.networks.get(index), shared) {
@@ -165,29 +170,34 @@ impl IdentityFlags {
 
     /// Sets the ports that are published. Without flags they are those of the saved machine, which fails early if it is another
     /// one and may still run.
-    fn publish<'a>(&self, mut networks: impl Iterator<Item = &'a mut NetworkConfig>, is_same: bool) -> Result<()> {
-        let user = networks.find_map(|network| match &mut network.to {
-            Attachment::User(user) => Some(user),
-            Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
+    fn publish<'a>(&self, networks: impl Iterator<Item = &'a mut NetworkConfig>, is_same: bool) -> Result<()> {
+        // User-mode networking, or else a network of husk's.
+        let mut all: Vec<_> = networks.collect();
+        let first = all.iter().position(|network| is_user(network)).or_else(|| {
+            all.iter().position(|network| matches!(network.to, Attachment::Bridge { .. }))
+        });
+        let user = first.and_then(|first| all.get_mut(first)).and_then(|network| match &mut network.to {
+            Attachment::User(UserNetwork { ports, .. }) | Attachment::Bridge { ports, .. } => Some(ports),
+            Attachment::Tap { .. } => None,
         });
         match user {
             Some(_) if self.ports.is_empty() && is_same => {}
-            Some(UserNetwork { ports, .. }) if self.ports.is_empty() => {
+            Some(ports) if self.ports.is_empty() => {
                 ports.iter().try_for_each(|port| {
                     ports::check_free(port).with_context(|| {
                         format!("publish {port} like the saved machine (`-p` publishes others, `-p none` none)")
                     })
                 })?;
             }
-            Some(user) => {
+            Some(own) => {
                 let ports = self.ports.iter().filter_map(|published| match published {
                     Published::Port(port) => Some(port.clone()),
                     Published::None => None,
                 });
-                user.ports = ports.collect();
+                *own = ports.collect();
             }
             None if !self.ports.is_empty() => {
-                bail!("-p requires user-mode networking, which the machine does not have: connect to its own address")
+                bail!("-p requires a network that publishes ports, which the machine does not have: connect to its own address")
             }
             None => {}
         }

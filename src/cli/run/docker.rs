@@ -167,7 +167,7 @@ const USER_IDS: &str = "a machine has all user IDs, and -v maps those of the hos
 const CREDENTIALS: &str = "use `husk login`, or the credentials of docker and podman";
 
 /// Flags that a machine cannot have, without dashes, and why, or what to type instead.
-const REFUSED: [(&str, &str); 71] = [
+const REFUSED: [(&str, &str); 72] = [
     ("arch", "machines are linux/amd64"),
     ("authfile", CREDENTIALS),
     ("blkio-weight", DISK_LIMITS),
@@ -195,6 +195,7 @@ const REFUSED: [(&str, &str); 71] = [
     ("gidmap", USER_IDS),
     ("gpus", "a machine has no access to the host's GPUs"),
     ("group-entry", "-u takes a UID and a GID that are not listed"),
+    ("health-on-failure", "use `husk events --filter event=health_status`, or an --health-cmd that ends the command"),
     ("hooks-dir", "husk runs no hooks"),
     ("hostuser", USER_IDS),
     ("http-proxy", "use -e http_proxy"),

@@ -81,10 +81,28 @@ impl MachineFlags {
                     return Ok(None);
                 };
                 let ImageProcess {
-                    entrypoint, cmd, env, working_dir, user, stop_signal, exposed_ports, volumes, ..
+                    entrypoint,
+                    cmd,
+                    env,
+                    working_dir,
+                    user,
+                    stop_signal,
+                    exposed_ports,
+                    healthcheck,
+                    volumes,
+                    ..
                 } = prepared.process;
-                let defaults =
-                    Defaults { entrypoint, cmd, env, working_dir, user, stop_signal, exposed_ports, volumes };
+                let defaults = Defaults {
+                    entrypoint,
+                    cmd,
+                    env,
+                    working_dir,
+                    user,
+                    stop_signal,
+                    exposed_ports,
+                    healthcheck,
+                    volumes,
+                };
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };
