@@ -22,11 +22,11 @@ pub use disk::{
     Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_BACKING_FILES, MAX_DISK_ID_BYTES,
     MAX_DISK_QUEUES,
 };
+pub use health::HealthCheck;
 pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
-pub use health::HealthCheck;
 pub use publish::Publish;
 pub use rate::Rate;
 pub use share::{MAX_TAG_BYTES, SHARED_FILE, ShareCache, ShareConfig};

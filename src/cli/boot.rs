@@ -41,7 +41,9 @@ Examples:
 
   Save the configuration to a file, and boot from it with more memory:
     husk boot --kernel vmlinux --disk root.img --print-config > machine.json
-    husk boot --config machine.json --memory 4G";
+    husk boot --config machine.json --memory 4G
+
+SIGTERM, SIGINT, SIGHUP and SIGQUIT press the machine's power button; a second one terminates it.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]

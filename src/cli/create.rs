@@ -24,6 +24,11 @@ pub(super) struct Create {
 }
 
 impl Create {
+    /// How often `--verbose` was meant among the volumes.
+    pub fn take_verbosity(&mut self) -> u8 {
+        self.run.take_verbosity()
+    }
+
     /// Creates the machine and prints its ID; or runs it, if it is started again.
     pub fn run(mut self, started: Instant) -> Exit {
         self.run.only_creates = true;

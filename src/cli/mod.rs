@@ -15,8 +15,8 @@ pub mod exec;
 pub mod exit;
 mod filter;
 pub mod generate;
-pub mod history;
 mod healthcheck;
+pub mod history;
 pub mod images;
 mod import;
 pub mod import_root;
@@ -205,8 +205,13 @@ enum Command {
 impl Cli {
     /// Executes the command on the calling thread. Must be called once per process, since it sets up the log. `started`
     /// is when the process started.
-    pub fn run(self, started: Instant) -> Result<Exit> {
-        logger::init(self.verbose);
+    pub fn run(mut self, started: Instant) -> Result<Exit> {
+        let more = match &mut self.command {
+            Command::Run(run) => run.take_verbosity(),
+            Command::Create(create) => create.take_verbosity(),
+            _ => 0,
+        };
+        logger::init(self.verbose.saturating_add(more));
         set_panic_hook();
         match self.command {
             Command::Boot(boot) => boot.run(started),
@@ -270,8 +275,17 @@ fn set_panic_hook() {
 
 /// Prints an error and its causes on one line. Distinguishes usage errors from failures.
 pub fn report(error: &anyhow::Error) -> Exit {
-    print_error(&format!("{error:#}"));
+    print_error(&causes(error));
     exit_of(error)
+}
+
+/// An error and its causes, without the HTTP client's word for an error of the system.
+fn causes(error: &anyhow::Error) -> String {
+    let text = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref() {
+        Some(ureq::Error::Io(error)) => error.to_string(),
+        _ => cause.to_string(),
+    };
+    error.chain().map(text).collect::<Vec<_>>().join(": ")
 }
 
 fn exit_of(error: &anyhow::Error) -> Exit {
@@ -336,6 +350,13 @@ mod tests {
             assert_eq!(description(command), description(built.find_subcommand(name).unwrap()), "{name}");
             assert!(description(command).is_some(), "{name}");
         }
+    }
+
+    #[test]
+    fn an_error_of_the_system_is_named_as_such() {
+        let refused = ureq::Error::Io(std::io::ErrorKind::ConnectionRefused.into());
+        assert_eq!(causes(&anyhow::Error::from(refused).context("connect")), "connect: connection refused");
+        assert_eq!(causes(&anyhow::anyhow!("a").context("b")), "b: a");
     }
 
     #[test]

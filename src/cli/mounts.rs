@@ -75,6 +75,14 @@ impl Default for Access {
 }
 
 impl MountFlags {
+    /// Takes out what is meant as `--verbose` and was parsed as a volume, which it cannot be: `-vv` and `-vvv`. Returns how often.
+    pub fn take_verbosity(&mut self) -> u8 {
+        let is_volume = |word: &OsString| word.is_empty() || word.as_bytes().iter().any(|letter| *letter != b'v');
+        let taken = self.volume.iter().filter(|word| !is_volume(word)).map(|word| word.len() + 1).sum::<usize>();
+        self.volume.retain(is_volume);
+        u8::try_from(taken).unwrap_or(u8::MAX)
+    }
+
     /// What is to be mounted.
     pub fn parse(&self) -> Result<Vec<Mount>> {
         let volumes = self.volume.iter().map(|word| parse_volume(word).with_context(|| context("-v", word)));

@@ -241,7 +241,9 @@ fn publish(interfaces: &mut [InterfaceSetup], forwards: Vec<PortForward>) -> Res
             return Ok(());
         }
     }
-    bail!("-p requires --network user or a network of `husk network create`: otherwise connect to the machine's own address")
+    bail!(
+        "-p requires --network user or a network of `husk network create`: otherwise connect to the machine's own address"
+    )
 }
 
 impl NetworkFlags {

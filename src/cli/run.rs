@@ -17,8 +17,8 @@ use husk_protocol::{Limit, Tmpfs};
 use log::Level;
 
 use self::docker::DockerFlags;
-use self::health::HealthFlags;
 pub(super) use self::docker::refusal;
+use self::health::HealthFlags;
 use self::machine::MachineFlags;
 use self::session::Start;
 use self::settings::GuestSettings;
@@ -200,6 +200,11 @@ impl Run {
                 Exit::NotRun
             }
         }
+    }
+
+    /// How often `--verbose` was meant among the volumes.
+    pub fn take_verbosity(&mut self) -> u8 {
+        self.mounts.take_verbosity()
     }
 
     fn try_run(mut self, started: Instant) -> Result<Exit> {

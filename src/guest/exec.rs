@@ -110,7 +110,7 @@ impl Connections {
         self.await_message(|message| !matches!(message, ToHost::Admitted | ToHost::AskTime))
     }
 
-    /// The same as [`Connections::end`] with a deadline, after which the error is a [timeout](is_timeout).
+    /// The same as [`Connections::end`] with a deadline, after which the error is that of a read that would block.
     pub fn end_by(&mut self, deadline: Option<Instant>) -> Result<ToHost> {
         let is_end = |message: &ToHost| !matches!(message, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime);
         await_message(&mut self.control, &mut self.reader, deadline, is_end)

@@ -11,7 +11,9 @@ use husk_protocol::{Overlay, Preload, Process, Root, Run, Spec, Start, Tmpfs, Wi
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
 use self::shares::Share;
-use crate::config::{DEFAULT_CID, DiskConfig, Format, HealthCheck, MachineConfig, NetworkConfig, Transport, VsockConfig};
+use crate::config::{
+    DEFAULT_CID, DiskConfig, Format, HealthCheck, MachineConfig, NetworkConfig, Transport, VsockConfig,
+};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
 use crate::layout::VirtioBus;

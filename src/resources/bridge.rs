@@ -18,9 +18,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::firewall;
-use super::published::{self, Reserved};
 use super::lock::{self, Kind};
 use super::programs::{is_missing, run};
+use super::published::{self, Reserved};
 use crate::config::{MacAddress, PortForward};
 
 /// The directory with the addresses of machines that have published ports.

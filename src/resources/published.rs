@@ -68,7 +68,8 @@ fn rules(bridge: &Bridge, address: Ipv4Addr, ports: &[PortForward]) -> Result<St
         let destination = destination(address, port);
         for (chain, _) in CHAINS.iter().take(2) {
             let range = range(port.host_port, port.count);
-            text += &format!("add rule ip {table} {chain} {to} {} dport {range} {destination} {comment}\n", port.protocol);
+            text +=
+                &format!("add rule ip {table} {chain} {to} {} dport {range} {destination} {comment}\n", port.protocol);
         }
     }
     let subnet = format!("{}/{PREFIX}", bridge.subnet);
@@ -153,12 +154,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_published_is_refused() {
-        let mut bridge = Bridge {
-            name: "web".into(),
-            subnet: Ipv4Addr::new(10, 86, 7, 0),
-            internal: true,
-            labels: BTreeMap::new(),
-        };
+        let mut bridge =
+            Bridge { name: "web".into(), subnet: Ipv4Addr::new(10, 86, 7, 0), internal: true, labels: BTreeMap::new() };
         let refusal = open(&bridge, MACHINE, &["8080:80".parse().unwrap()]).unwrap_err().to_string();
         assert!(refusal.contains("internal"), "{refusal}");
         bridge.internal = false;

@@ -181,7 +181,9 @@ impl ControlEndpoint {
     /// Notes the results of health checks.
     pub(super) fn note_health(&mut self, probes: Vec<Probe>, in_start_period: bool) -> Result<()> {
         for probe in probes {
-            let (Some(health), Some(check)) = (&mut self.record.health, &self.record.health_check) else { return Ok(()) };
+            let (Some(health), Some(check)) = (&mut self.record.health, &self.record.health_check) else {
+                return Ok(());
+            };
             let has_changed = health.note(check, probe, in_start_period);
             let action = format!("health_status: {}", health.status.name());
             if has_changed {

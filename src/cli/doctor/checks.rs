@@ -2,6 +2,7 @@
 
 use super::{Check, Status};
 use crate::config::MAX_CPUS;
+use crate::foreign;
 use crate::resources::host::{Access, Cgroups, Host, KVM_API_VERSION, KvmAnswers, KvmModule, Processor};
 use crate::resources::passt;
 use crate::sandbox;
@@ -16,8 +17,11 @@ pub fn all(host: &Host) -> Vec<Check> {
     if let Some(kvm) = &host.kvm {
         checks.extend([api(kvm), needed(kvm), wanted(kvm), vcpus(kvm), machine(kvm)]);
     }
-    checks.extend([memory(host), user_namespaces(host), cgroups(host.cgroups), tap(&host.tap), vhost(&host.vhost)]);
-    checks.extend([sandbox(sandbox::probe()), user_network(host.user_network)]);
+    let lacks = sandbox::probe().unwrap_or_else(|error| vec![foreign::one_line(&format!("{error:#}"))]);
+    let lacks: Vec<String> = lacks.iter().map(|layer| foreign::one_line(layer)).collect();
+    let may_unshare = !lacks.iter().any(|layer| layer.starts_with("namespaces"));
+    checks.extend([memory(host), user_namespaces(host, may_unshare), cgroups(host.cgroups)]);
+    checks.extend([tap(&host.tap), vhost(&host.vhost), sandbox(&lacks), user_network(host.user_network)]);
     checks
 }
 
@@ -149,9 +153,14 @@ fn memory(host: &Host) -> Check {
     }
 }
 
-fn user_namespaces(host: &Host) -> Check {
-    if host.user_namespaces {
+/// `may_unshare` says whether this process could make one.
+fn user_namespaces(host: &Host, may_unshare: bool) -> Check {
+    if host.user_namespaces && may_unshare {
         ok("user namespaces", "allowed")
+    } else if host.user_namespaces {
+        let remedy =
+            "run husk outside of the container or namespace that it is in, or allow that to create user namespaces";
+        warn("user namespaces", "allowed by this host's settings, but not to this process", remedy)
     } else {
         let remedy = "sudo sysctl -w user.max_user_namespaces=65536 kernel.unprivileged_userns_clone=1 \
                       kernel.apparmor_restrict_unprivileged_userns=0 (skip the ones that do not exist)";
@@ -205,9 +214,8 @@ fn join_group(device: &str, group_may: bool) -> String {
 }
 
 /// The layers of the sandbox.
-fn sandbox(lacks: anyhow::Result<Vec<String>>) -> Check {
+fn sandbox(lacks: &[String]) -> Check {
     const NAME: &str = "sandbox";
-    let lacks = lacks.unwrap_or_else(|error| vec![format!("{error:#}")]);
     let remedy = match &*lacks.join("; ") {
         "" => return ok(NAME, "all layers: namespaces, an empty root, Landlock, no privileges, system call filters"),
         lacks if lacks.contains("Landlock") && !lacks.contains("namespaces") => {
@@ -268,6 +276,13 @@ mod tests {
     #[test]
     fn a_good_host_passes_every_check() {
         assert!(all(&good()).iter().all(|check| check.status == Status::Ok));
+    }
+
+    #[test]
+    fn a_namespace_that_cannot_be_made_is_not_called_allowed() {
+        assert_eq!(user_namespaces(&good(), true).status, Status::Ok);
+        let check = user_namespaces(&good(), false);
+        assert!(check.status == Status::Warn && check.detail.contains("not to this process"), "{check:?}");
     }
 
     #[test]

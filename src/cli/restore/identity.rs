@@ -173,9 +173,10 @@ impl IdentityFlags {
     fn publish<'a>(&self, networks: impl Iterator<Item = &'a mut NetworkConfig>, is_same: bool) -> Result<()> {
         // User-mode networking, or else a network of husk's.
         let mut all: Vec<_> = networks.collect();
-        let first = all.iter().position(|network| is_user(network)).or_else(|| {
-            all.iter().position(|network| matches!(network.to, Attachment::Bridge { .. }))
-        });
+        let first = all
+            .iter()
+            .position(|network| is_user(network))
+            .or_else(|| all.iter().position(|network| matches!(network.to, Attachment::Bridge { .. })));
         let user = first.and_then(|first| all.get_mut(first)).and_then(|network| match &mut network.to {
             Attachment::User(UserNetwork { ports, .. }) | Attachment::Bridge { ports, .. } => Some(ports),
             Attachment::Tap { .. } => None,
@@ -197,7 +198,9 @@ impl IdentityFlags {
                 *own = ports.collect();
             }
             None if !self.ports.is_empty() => {
-                bail!("-p requires a network that publishes ports, which the machine does not have: connect to its own address")
+                bail!(
+                    "-p requires a network that publishes ports, which the machine does not have: connect to its own address"
+                )
             }
             None => {}
         }
@@ -350,7 +353,12 @@ mod tests {
         assert_eq!(ports(&["-p", "81:80", "--network=user"], "second"), Ok(vec!["81->80/tcp".into()]));
         drop(taken);
         assert_eq!(ports(&[], "second"), Ok(kept));
-        assert!(apply(&["-p", "81:80"], on_tap(), "second", false).err().unwrap().contains("-p requires user-mode"));
+        assert!(
+            apply(&["-p", "81:80"], on_tap(), "second", false)
+                .err()
+                .unwrap()
+                .contains("-p requires a network that publishes")
+        );
     }
 
     #[test]
