@@ -24,6 +24,11 @@ pub(super) struct Create {
 }
 
 impl Create {
+    /// The number of words from the image on.
+    pub fn trailing_words(&self) -> usize {
+        self.run.trailing_words()
+    }
+
     /// How often `--verbose` was meant among the volumes.
     pub fn take_verbosity(&mut self) -> u8 {
         self.run.take_verbosity()

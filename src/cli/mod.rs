@@ -5,6 +5,7 @@ pub mod attach;
 pub mod bench;
 pub mod boot;
 pub mod completions;
+mod connect;
 pub mod cp;
 mod cpus;
 pub mod create;
@@ -275,17 +276,8 @@ fn set_panic_hook() {
 
 /// Prints an error and its causes on one line. Distinguishes usage errors from failures.
 pub fn report(error: &anyhow::Error) -> Exit {
-    print_error(&causes(error));
+    print_error(&format!("{error:#}"));
     exit_of(error)
-}
-
-/// An error and its causes, without the HTTP client's word for an error of the system.
-fn causes(error: &anyhow::Error) -> String {
-    let text = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref() {
-        Some(ureq::Error::Io(error)) => error.to_string(),
-        _ => cause.to_string(),
-    };
-    error.chain().map(text).collect::<Vec<_>>().join(": ")
 }
 
 fn exit_of(error: &anyhow::Error) -> Exit {
@@ -350,13 +342,6 @@ mod tests {
             assert_eq!(description(command), description(built.find_subcommand(name).unwrap()), "{name}");
             assert!(description(command).is_some(), "{name}");
         }
-    }
-
-    #[test]
-    fn an_error_of_the_system_is_named_as_such() {
-        let refused = ureq::Error::Io(std::io::ErrorKind::ConnectionRefused.into());
-        assert_eq!(causes(&anyhow::Error::from(refused).context("connect")), "connect: connection refused");
-        assert_eq!(causes(&anyhow::anyhow!("a").context("b")), "b: a");
     }
 
     #[test]

@@ -266,6 +266,14 @@ impl NetworkFlags {
         Ok(networks)
     }
 
+    /// Fails early if a network does not exist.
+    pub fn check(&self) -> Result<()> {
+        self.networks.iter().try_for_each(|arg| match &arg.to {
+            Target::Network(name) => bridge::check_exists(name),
+            Target::Nothing | Target::Attachment(_) => Ok(()),
+        })
+    }
+
     /// Publishes the ports, `PORT[-LAST][/udp]` each, at free ports of the host, unless they are published already.
     pub fn publish_all<'a>(&mut self, exposed: impl IntoIterator<Item = &'a String>) -> Result<()> {
         for port in exposed {

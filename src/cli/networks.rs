@@ -2,10 +2,11 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
+use super::connect;
 use super::exit::Exit;
 use super::filter::matches_name;
 use super::labels::LabelFlags;
@@ -69,6 +70,35 @@ enum Command {
         #[command(flatten)]
         list: ListFlags,
     },
+    /// Display detailed information about networks
+    Inspect {
+        /// Names of networks
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Connect a stopped machine to a network, from its next start on
+    Connect {
+        /// Name of the network
+        network: String,
+        /// Name or ID of the machine
+        machine: String,
+        /// Address of the machine on the network
+        #[arg(long, value_name = "ADDRESS")]
+        ip: Option<Ipv4Addr>,
+        /// Another name for the machine on the network; can be repeated
+        #[arg(long, value_name = "NAME")]
+        alias: Vec<String>,
+    },
+    /// Disconnect a stopped machine from a network, from its next start on
+    Disconnect {
+        /// Name of the network
+        network: String,
+        /// Name or ID of the machine
+        machine: String,
+        /// No effect: a running machine keeps its devices
+        #[arg(short, long, hide = true)]
+        force: bool,
+    },
     /// Remove unused networks (as root)
     Rm {
         /// Names of networks
@@ -103,6 +133,24 @@ impl Networks {
                         && filters.labels(&network.labels)
                 });
                 list.print(&COLUMNS, networks.iter().map(row).collect())?;
+            }
+            Command::Inspect { names } => {
+                let all = bridge::list()?;
+                let find = |name: &String| {
+                    let found = all.iter().find(|network| network.name == *name).map(to_json);
+                    found.with_context(|| format!("network {name} not found (see `husk network ls`)"))
+                };
+                super::print_json(&names.iter().map(find).collect::<Result<Vec<_>>>()?, "the networks")?;
+            }
+            Command::Connect { network, machine, ip, alias } => {
+                let aliases = alias.iter().map(|alias| format!("alias={alias}"));
+                let options: Vec<String> = ip.iter().map(|ip| format!("ip={ip}")).chain(aliases).collect();
+                connect::connect(&network, &machine, &options)?;
+                note("connect", &network);
+            }
+            Command::Disconnect { network, machine, .. } => {
+                connect::disconnect(&network, &machine)?;
+                note("disconnect", &network);
             }
             Command::Rm { names } => {
                 let mut exit = Exit::Success;

@@ -202,6 +202,11 @@ impl Run {
         }
     }
 
+    /// The number of words from the image on.
+    pub fn trailing_words(&self) -> usize {
+        self.words.len()
+    }
+
     /// How often `--verbose` was meant among the volumes.
     pub fn take_verbosity(&mut self) -> u8 {
         self.mounts.take_verbosity()
@@ -217,6 +222,8 @@ impl Run {
         if let Some(cpus) = self.docker.cpus()? {
             self.machine.cpus = cpus;
         }
+        // Before an image is pulled.
+        self.machine.check()?;
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = match &self.from {
             Some(dir) => self.machine.adopt(dir)?.into(),

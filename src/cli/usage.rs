@@ -46,6 +46,12 @@ fn line(error: &clap::Error, text: &str, arguments: &[String]) -> String {
         ErrorKind::UnknownArgument => of(ContextKind::InvalidArg).and_then(|word| option_hint(arguments, word)),
         _ => None,
     };
+    if error.kind() == ErrorKind::MissingRequiredArgument
+        && let Some(usage) = text.lines().find_map(|line| line.trim_start().strip_prefix("Usage: "))
+    {
+        let words: Vec<&str> = what.split_whitespace().collect();
+        return format!("{}: use {usage}", words.join(" "));
+    }
     match (ours, tip) {
         (Some(hint), _) => format!("{what}: {hint}"),
         (None, Some(tip)) => format!("{what}; tip: {tip}"),
@@ -66,6 +72,10 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "system" => "use `husk prune`",
         "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
         "build" | "push" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
+        "compose" | "kube" | "pod" | "service" | "stack" | "swarm" => {
+            "start each machine by itself, with `husk network create` for a common network"
+        }
+        "search" => "look on the registry's web page, and `husk pull` what you find there",
         "export" => "use `husk cp MACHINE:/ -`",
         _ => return None,
     })
@@ -112,6 +122,8 @@ mod tests {
             (&["run", "--gpus", "all", "x"], "no access to the host's GPUs"),
             (&["run", "--device=/dev/kvm", "x"], "devices of its own"),
             (&["run", "-h"], "--help"),
+            (&["run", "-it"], "use husk run [OPTIONS] IMAGE [COMMAND] [ARG]..."),
+            (&["compose", "up"], "husk network create"),
             (&["disks", "--filter", "name=x"], "--json"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),
         ] {

@@ -250,7 +250,7 @@ pub fn join(name: &str, machine: &str, mac: MacAddress, wish: Wish) -> Result<Le
 
 fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wish: Wish) -> Result<Lease> {
     wish.aliases.iter().map(String::as_str).chain([machine]).try_for_each(check_machine_name)?;
-    let bridge = find_in(base, name).map_err(|error| anyhow!("{error}: {}", hint(name)))?;
+    let bridge = known_in(base, name)?;
     let dir = bridge.dir(base);
     let _joining = lock(&dir.join("lock"))?;
     let started = Instant::now();
@@ -342,6 +342,15 @@ impl Drop for Lease {
 fn find_in(base: &Path, name: &str) -> Result<Bridge> {
     let found = list_in(base)?.into_iter().find(|bridge| bridge.name == name);
     found.with_context(|| format!("network {name} not found (see `husk network ls`)"))
+}
+
+fn known_in(base: &Path, name: &str) -> Result<Bridge> {
+    find_in(base, name).map_err(|error| anyhow!("{error}: {}", hint(name)))
+}
+
+/// Fails if there is no network `name`, with what to type.
+pub fn check_exists(name: &str) -> Result<()> {
+    known_in(Path::new(DIR), name).map(drop)
 }
 
 /// The alternative to a network that does not exist, such as Docker's predefined networks.

@@ -47,6 +47,11 @@ impl Origin {
         Ok(Origin { words: words.into_iter().map(text).collect(), dir: text(dir), variables })
     }
 
+    /// The same with other arguments.
+    pub fn with_words(self, words: Vec<OsString>) -> Origin {
+        Origin { words: words.into_iter().map(text).collect(), ..self }
+    }
+
     /// Writes it to a machine's directory.
     pub fn write(&self, dir: &MachineDir) -> Result<()> {
         let json = serde_json::to_vec(self).context("record how the machine was started")?;

@@ -12,7 +12,7 @@ use crate::cli::limits::LimitFlags;
 use crate::cli::network::NetworkFlags;
 use crate::cli::pull::PullFlags;
 use crate::cli::size;
-use crate::config::{MachineConfig, Transport};
+use crate::config::{Invalid, MAX_CPUS, MachineConfig, Transport};
 use crate::guest::process::Defaults;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::{ImageProcess, on_demand};
@@ -128,6 +128,14 @@ impl MachineFlags {
         self.nested = config.nested;
         self.read_only = fingerprint.is_readonly();
         Ok(image)
+    }
+
+    /// Fails if the machine cannot be as the flags say, whatever its image.
+    pub fn check(&self) -> Result<()> {
+        if !(1..=MAX_CPUS).contains(&self.cpus.vcpus) {
+            return Err(Invalid::Cpus(self.cpus.vcpus).into());
+        }
+        self.network.check()
     }
 
     /// The kernel that the machine boots.

@@ -88,7 +88,7 @@ impl Auth {
                 request.call()
             }
         };
-        let asked = || ask().with_context(|| format!("request a token from {realm}"));
+        let asked = || ask().map_err(super::plain).with_context(|| format!("request a token from {realm}"));
         let mut response = retry::with_backoff(realm, asked)?;
         ensure!(
             response.status().is_success(),

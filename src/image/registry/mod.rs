@@ -53,6 +53,14 @@ const SMALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 type Body = Response<ureq::Body>;
 
+/// An error of the HTTP client; one of the system without the client's words around it.
+fn plain(error: ureq::Error) -> anyhow::Error {
+    match error {
+        ureq::Error::Io(error) => error.into(),
+        other => other.into(),
+    }
+}
+
 /// The configuration of a client, read where files and the environment are at hand.
 pub struct Client {
     reference: Reference,
@@ -218,7 +226,7 @@ impl Registry {
             if from_byte > 0 {
                 request = request.header("Range", format!("bytes={from_byte}-"));
             }
-            request.call().with_context(|| format!("request {url}"))
+            request.call().map_err(plain).with_context(|| format!("request {url}"))
         };
         let response =
             self.ask_as_user(url.clone(), |url| retry::with_backoff(&self.reference.registry, || ask(url)))?;

@@ -1,0 +1,162 @@
+//! `husk network connect` and `disconnect`: change the command line with which a stopped machine is started again. The devices of
+//! a running machine are those that it was started with.
+
+use std::ffi::{OsStr, OsString};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+
+use super::{Cli, Command, argv};
+use crate::resources::bridge;
+use crate::state_dir::origin::Origin;
+use crate::state_dir::{MachineEntry, StateDir};
+
+/// The spellings of the flag.
+const FLAGS: [&str; 2] = ["--network", "--net"];
+
+/// Connects the machine `machine` to `network` from its next start on, with these further options of `--network`.
+pub fn connect(network: &str, machine: &str, options: &[String]) -> Result<()> {
+    ensure!(
+        bridge::list()?.iter().any(|known| known.name == network),
+        "network {network} not found (see `husk network ls`)"
+    );
+    change(machine, |words| {
+        let line = Line::parse(words)?;
+        ensure!(line.networks().all(|(_, name)| name != network), "it is connected to {network} already");
+        let is_first = line.networks().next().is_none();
+        let mut added: Vec<OsString> = Vec::new();
+        // What the machine has without any flag, it keeps.
+        if is_first && line.has_user_network {
+            added.extend([FLAGS[0], "user"].map(OsString::from));
+        }
+        let value = [&[format!("name={network}")], options].concat().join(",");
+        added.extend([FLAGS[0].into(), value.into()]);
+        Ok(line.with(added))
+    })
+}
+
+/// Disconnects it.
+pub fn disconnect(network: &str, machine: &str) -> Result<()> {
+    change(machine, |words| {
+        let line = Line::parse(words)?;
+        let found = line.networks().find(|(_, name)| name == network);
+        let (place, _) = found.with_context(|| format!("it is not connected to {network}"))?;
+        let is_last = line.networks().count() == 1;
+        let none = if is_last { vec![FLAGS[0].into(), "none".into()] } else { Vec::new() };
+        Ok(line.without(place).with(none))
+    })
+}
+
+fn change(machine: &str, changed: impl FnOnce(Vec<OsString>) -> Result<Vec<OsString>>) -> Result<()> {
+    let state_dir = StateDir::open()?;
+    let entry = state_dir.find(machine)?;
+    check_stopped(&entry)?;
+    let origin = Origin::read(&entry)?;
+    let words = changed(origin.words()).with_context(|| format!("machine {}", entry.name()))?;
+    let mut dir = state_dir.reopen(&entry.id)?;
+    dir.keep();
+    origin.with_words(words).write(&dir)
+}
+
+fn check_stopped(entry: &MachineEntry) -> Result<()> {
+    let name = entry.name();
+    ensure!(
+        !entry.alive,
+        "machine {name} is running, and keeps the network devices that it was started with: \
+         run `husk stop {name}` before, and `husk start {name}` afterwards"
+    );
+    ensure!(
+        entry.suspended().is_none(),
+        "machine {name} is suspended, and keeps its network devices: remove it instead"
+    );
+    super::lifecycle::check_restartable(entry)
+}
+
+/// A command line that starts a machine.
+struct Line {
+    words: Vec<OsString>,
+    /// Where its options begin, and end.
+    options: std::ops::Range<usize>,
+    /// Whether it has user-mode networking without any flag.
+    has_user_network: bool,
+}
+
+impl Line {
+    fn parse(words: Vec<OsString>) -> Result<Line> {
+        let program = std::iter::once(OsString::from("husk"));
+        let cli = Cli::try_parse_from(program.chain(words.iter().cloned())).context("understand how it was started")?;
+        let (trailing, has_user_network) = match &cli.command {
+            Command::Run(run) => (run.trailing_words(), true),
+            Command::Create(create) => (create.trailing_words(), true),
+            _ => (0, false),
+        };
+        let options = argv::command_index(&words)? + 1..words.len().saturating_sub(trailing);
+        Ok(Line { words, options, has_user_network })
+    }
+
+    /// The words that the name of a network is in or follows, and that name.
+    fn networks(&self) -> impl Iterator<Item = (usize, String)> {
+        let options = self.words.get(self.options.clone()).unwrap_or_default();
+        let value = |at: usize| -> Option<&OsStr> {
+            let word = options.get(at)?.to_str()?;
+            if FLAGS.contains(&word) {
+                return options.get(at + 1).map(OsString::as_os_str);
+            }
+            FLAGS.iter().find_map(|flag| word.strip_prefix(flag)?.strip_prefix('=')).map(OsStr::new)
+        };
+        let name = move |at| {
+            let value = value(at)?.to_str()?;
+            let first = value.split(',').next()?;
+            Some((self.options.start + at, first.strip_prefix("name=").unwrap_or(first).to_owned()))
+        };
+        (0..options.len()).filter_map(name)
+    }
+
+    /// Adds options.
+    fn with(self, added: Vec<OsString>) -> Vec<OsString> {
+        let mut words = self.words;
+        words.splice(self.options.start..self.options.start, added);
+        words
+    }
+
+    /// Removes the option at this place, with its value.
+    fn without(mut self, place: usize) -> Line {
+        let has_value_behind =
+            self.words.get(place).and_then(|word| word.to_str()).is_some_and(|word| FLAGS.contains(&word));
+        let count = 1 + usize::from(has_value_behind);
+        self.words.drain(place..place + count);
+        self.options.end -= count;
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(text: &str) -> Line {
+        Line::parse(text.split(' ').map(OsString::from).collect()).unwrap()
+    }
+
+    fn text(words: &[OsString]) -> String {
+        words.join(OsStr::new(" ")).into_string().unwrap()
+    }
+
+    #[test]
+    fn only_options_of_husk_are_networks() {
+        let line = line("run -d --network user --net=name=web,alias=a x sh --network db");
+        let names: Vec<String> = line.networks().map(|(_, name)| name).collect();
+        assert_eq!((names, line.has_user_network), (vec!["user".to_owned(), "web".to_owned()], true));
+    }
+
+    #[test]
+    fn a_network_is_added_and_removed() {
+        let added = line("--verbose run -d x sh").with(vec!["--network".into(), "web".into()]);
+        assert_eq!(text(&added), "--verbose run --network web -d x sh");
+        for words in ["run -d --network web x --network", "run -d --network=web,alias=a x --network"] {
+            let line = line(words);
+            let place = line.networks().next().unwrap().0;
+            assert_eq!(text(&line.without(place).with(Vec::new())), "run -d x --network");
+        }
+    }
+}
