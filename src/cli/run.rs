@@ -420,6 +420,10 @@ impl Run {
 
 /// The warm image that a machine of this configuration can start from.
 fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Option<Snapshot> {
+    if !config.shares.is_empty() {
+        log::info!("the machine boots: a warm image has no devices for shared folders");
+        return None;
+    }
     let found = spec.can_wait().then(|| warm::find(config, spec.is_readonly())).flatten();
     if found.is_some() {
         log::info!("the machine starts from a warm image: --no-warm boots it instead");

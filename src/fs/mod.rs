@@ -25,6 +25,7 @@ mod worker;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicUsize;
 
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
@@ -85,6 +86,8 @@ struct Server {
     options: Options,
     /// Whether it has [`CAPABILITIES`].
     is_privileged: bool,
+    /// The number of requests in progress.
+    busy: AtomicUsize,
 }
 
 impl Server {
@@ -94,7 +97,8 @@ impl Server {
         let files_max = files_max.saturating_sub(FILES_RESERVED);
         let handles_max = (files_max / 4).min(HANDLES_MAX);
         let inodes = Inodes::new(Inode::new(root, &stat), (files_max - handles_max).min(INODES_MAX));
-        Ok(Server { inodes, handles: Handles::new(handles_max), options, is_privileged })
+        let (handles, busy) = (Handles::new(handles_max), AtomicUsize::new(0));
+        Ok(Server { inodes, handles, options, is_privileged, busy })
     }
 
     /// Forgets all that the guest's kernel knows and has opened.

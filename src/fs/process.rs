@@ -1,7 +1,7 @@
 //! The process that serves a folder: a copy of this one, confined to the folder before it reads the first request.
 
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -12,7 +12,7 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Resource, Rlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 
 use super::link::{self, Ends, Link};
 use super::saved::{self, Identity};
@@ -224,6 +224,10 @@ fn allow_many_files(pid: u32) {
 
 /// Runs this process as the server of a folder, and exits.
 fn run(folder: Folder, options: Options, ends: Ends, orders: Orders, is_separate: bool, is_confined: bool) -> ! {
+    // First of all: whatever fails now is the end of this process, which is its parent's copy. Its confinement says the former again,
+    // since a change of identity takes it back.
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    std::panic::set_hook(Box::new(|_| fork::exit_now(1)));
     let error = match prepare(folder, options, ends, orders, is_separate, is_confined) {
         // Its threads serve, and end the process. This one is killed when its parent is gone, which the kernel forgets of a thread
         // that acts for another user.
@@ -269,7 +273,6 @@ fn set_up(
     rustix::stdio::dup2_stderr(&null)?;
     drop(null);
     rustix::thread::set_name(c"share").context("name the server")?;
-    std::panic::set_hook(Box::new(|_| fork::exit_now(1)));
     arguments::forget_environment();
     let link = Arc::new(ends.connect().context("map the slots")?);
     if is_confined {
@@ -350,14 +353,19 @@ impl Process {
 
     fn try_save(&self) -> Result<Vec<u8>> {
         let Orders { socket, .. } = &self.orders;
+        let mut reply = [0; REPORT_BYTES_MAX];
+        // One that came too late for an earlier order.
+        while socket::receive_now(socket, &mut reply).is_ok_and(|len| len > 0) {}
         socket.set_read_timeout(Some(SAVE_TIMEOUT))?;
         socket::send_now(socket, &[0])?;
-        let mut reply = [0; REPORT_BYTES_MAX];
-        let len = socket.recv(&mut reply)?;
-        match reply.get(..len) {
-            None | Some([]) => bail!("its process has ended"),
-            Some([FAILED, why @ ..]) => bail!("{}", String::from_utf8_lossy(why)),
-            Some(_) => self.orders.take(),
+        match socket.recv(&mut reply).map(|len| reply.get(..len).unwrap_or_default()) {
+            Ok([]) => bail!("its process has ended"),
+            Ok([FAILED, why @ ..]) => bail!("{}", String::from_utf8_lossy(why)),
+            Ok(_) => self.orders.take(),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                bail!("the host's file system has not answered for {} s", SAVE_TIMEOUT.as_secs())
+            }
+            Err(error) => Err(error.into()),
         }
     }
 

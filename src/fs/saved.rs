@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, openat, openat2, readlinkat, statx};
@@ -120,9 +121,10 @@ impl<'a, D: AsFd> Paths<'a, D> {
     }
 }
 
-/// All that the guest knows. `shared` is what the server shares, and `descriptors` the folder of this process's descriptors. No request
-/// may be in progress.
+/// All that the guest knows. `shared` is what the server shares, and `descriptors` the folder of this process's descriptors. Fails if
+/// requests are in progress: the guest would wait for their replies in vain.
 pub fn save(server: &Server, shared: Identity, descriptors: &impl AsFd) -> Result<Vec<u8>> {
+    ensure!(server.busy.load(Ordering::Relaxed) == 0, "the host's file system does not answer: try again");
     let root = server.inodes.get(ROOT_ID)?;
     let paths = Paths::new(descriptors, &root).context("find the path of the folder")?;
     let (inodes, next_inode) = server.inodes.all();

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat, openat2, statx};
 use rustix::io::Errno;
@@ -72,7 +73,11 @@ impl Worker {
     pub fn run(&self) -> io::Error {
         loop {
             let served = self.link.receive().and_then(|message| {
-                let len_bytes = self.serve(message)? as u32;
+                self.server.busy.fetch_add(1, Ordering::Relaxed);
+                let served = self.serve(message);
+                // Before the reply, after which no request is in progress for the device.
+                self.server.busy.fetch_sub(1, Ordering::Relaxed);
+                let len_bytes = served? as u32;
                 self.link.send(Message { slot: message.slot, len_bytes, room_bytes: 0 })
             });
             if let Err(error) = served {

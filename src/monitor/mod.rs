@@ -204,6 +204,9 @@ impl Monitor {
     pub fn memory_use(&self, usage: &Usage) -> io::Result<MemoryUse> {
         let mut used = MemoryUse::of(self.pid, &usage.memory_ranges)?;
         used.husk += MemoryUse::of(std::process::id(), &[])?.husk;
+        // One that has ended uses none.
+        let servers = self.outside.servers().iter().filter_map(|server| MemoryUse::of(server.id(), &[]).ok());
+        servers.for_each(|server| used.husk += server.husk);
         Ok(used)
     }
 

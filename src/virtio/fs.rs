@@ -6,6 +6,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
@@ -25,6 +26,8 @@ const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const REQUEST_QUEUES: u32 = 1;
 /// The number of requests passed on before the worker checks its stop event.
 const REQUESTS_PER_TURN: usize = 16;
+/// How long a pause waits for the server, which may wait for the host's disk. After that, requests stay with it.
+const PATIENCE: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(5) };
 /// Where a request has its number, and the size of a reply's header (linux/fuse.h).
 const UNIQUE_AT: u64 = 8;
 const REPLY_HEADER_BYTES: u32 = 16;
@@ -36,11 +39,14 @@ pub fn device(folder: SharedFolder) -> io::Result<VirtioDevice> {
     let mut config = tag.into_bytes();
     config.resize(MAX_TAG_BYTES, 0);
     config.extend(REQUEST_QUEUES.to_le_bytes());
+    let link = ends.connect()?;
+    link.socket().set_read_timeout(Some(PATIENCE))?;
     let handler = FileSystem {
         name: name.clone(),
-        link: Some(ends.connect()?),
+        link: Some(link),
         chain: Chain::default(),
         in_flight: Default::default(),
+        abandoned: [false; SLOTS],
         free_slots: (0..SLOTS as u32).rev().collect(),
         log_rate: LogRate::default(),
     };
@@ -62,6 +68,8 @@ struct FileSystem {
     chain: Chain,
     /// By slot.
     in_flight: [Option<InFlight>; SLOTS],
+    /// The slots of requests from before a reset, which the server still has.
+    abandoned: [bool; SLOTS],
     /// The one used last is at the end.
     free_slots: Vec<u32>,
     log_rate: LogRate,
@@ -106,10 +114,11 @@ impl FileSystem {
         }
     }
 
-    /// Completes the requests to which the server has replied. With `waits`, all that are in flight.
+    /// Completes the requests to which the server has replied. With `waits`, all that are in flight, unless it takes too long.
     fn reap(&mut self, queues: &mut [Virtqueue], waits: bool) -> Result<(), RingError> {
+        let begin = Instant::now();
         // A server can end while it has no request.
-        while !waits || self.in_flight.iter().any(Option::is_some) {
+        while !waits || self.is_busy() && begin.elapsed() < PATIENCE {
             let Some(link) = &self.link else { break };
             let message = if waits { link.receive() } else { link.receive_now() };
             let completed = match message {
@@ -125,9 +134,17 @@ impl FileSystem {
         Ok(())
     }
 
+    fn is_busy(&self) -> bool {
+        self.in_flight.iter().any(Option::is_some)
+    }
+
     /// Completes the request in a slot. The inner result says whether the server keeps to the rules.
     fn complete(&mut self, message: Message, queues: &mut [Virtqueue]) -> Result<io::Result<()>, RingError> {
         let Message { slot, len_bytes, .. } = message;
+        if self.abandoned.get_mut(slot as usize).is_some_and(std::mem::take) {
+            self.free_slots.push(slot);
+            return Ok(Ok(()));
+        }
         let place = self.in_flight.get_mut(slot as usize);
         let Some((place, link)) = place.zip(self.link.as_ref()) else { return Ok(Err(ErrorKind::InvalidData.into())) };
         let Some(request) = place.take_if(|request| len_bytes <= request.room_bytes) else {
@@ -182,7 +199,18 @@ impl QueueHandler for FileSystem {
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
-        self.reap(queues, true)
+        self.reap(queues, true)?;
+        if self.is_busy() && self.log_rate.allows() {
+            log::warn!("{}: the host's file system has not answered for {} s", self.name, PATIENCE.as_secs());
+        }
+        Ok(())
+    }
+
+    /// The server may still work on requests in its slots, which are not those of guest memory: their replies go nowhere.
+    fn reset(&mut self) {
+        for (place, is_abandoned) in self.in_flight.iter_mut().zip(&mut self.abandoned) {
+            *is_abandoned |= place.take().is_some();
+        }
     }
 }
 

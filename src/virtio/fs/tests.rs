@@ -125,6 +125,38 @@ fn a_pause_waits_for_requests_in_flight_and_completes_them() {
 }
 
 #[test]
+fn a_pause_does_not_wait_for_a_server_that_hangs_and_its_replies_are_not_lost() {
+    let (device, server) = held();
+    let mut driver = Driver::new(device);
+    driver.start();
+    let offer = |driver: &mut Driver| {
+        driver.memory.write_slice(&request(3, 1, 1, &[0; 16]), GuestAddress(BUFFERS)).unwrap();
+        let head = driver.chain(REQUESTS, &[(BUFFERS, 56, 0), (REPLIES, 100, WRITE)]);
+        driver.offer(REQUESTS, head);
+        driver.notify(REQUESTS);
+        server.receive().unwrap()
+    };
+    let message = offer(&mut driver);
+    driver.transport.pause();
+    assert_eq!(driver.used_index(REQUESTS), 0);
+    assert_eq!(logged("share t: the host's").len(), 1);
+    server.send(Message { len_bytes: 20, room_bytes: 0, ..message }).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(driver.used_index(REQUESTS), 0, "nothing happens to a paused guest");
+    driver.transport.resume();
+    wait_for(|| driver.used_index(REQUESTS) == 1);
+    // A guest that resets the device gets no reply to what it has asked before.
+    let abandoned = offer(&mut driver);
+    driver.start();
+    let next = offer(&mut driver);
+    assert_ne!(next.slot, abandoned.slot);
+    for message in [abandoned, next] {
+        server.send(Message { len_bytes: 20, room_bytes: 0, ..message }).unwrap();
+    }
+    wait_for(|| driver.used_index(REQUESTS) == 1);
+}
+
+#[test]
 fn more_requests_than_slots_wait_for_each_other() {
     let (device, server) = held();
     let mut driver = Driver::new(device);
