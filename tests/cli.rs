@@ -29,7 +29,10 @@ fn refusal(arguments: &[&str], code: i32) -> String {
 
 #[test]
 fn help_of_every_command_has_examples() {
-    let images = ["pull", "load", "images", "inspect", "tag", "save", "import", "history", "rmi", "prune", "disks"];
+    let images = [
+        "pull", "load", "images", "inspect", "tag", "push", "login", "save", "import", "history", "rmi", "prune",
+        "disks",
+    ];
     let commands = ["boot", "doctor", "completions", "man"].into_iter().chain(images);
     for command in std::iter::once(vec![]).chain(commands.map(|command| vec![command])) {
         let help = stdout(&[&command[..], &["--help"]].concat());

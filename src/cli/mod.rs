@@ -29,6 +29,7 @@ pub mod limits;
 mod list;
 pub mod load;
 pub mod logger;
+pub mod login;
 pub mod logs;
 mod machines;
 pub mod man;
@@ -43,6 +44,7 @@ mod process;
 pub mod prune;
 pub mod ps;
 pub mod pull;
+pub mod push;
 pub mod rename;
 pub mod restore;
 pub mod rm;
@@ -169,6 +171,12 @@ enum Command {
     Prepare(prepare::Prepare),
     /// Load an image from an archive or a directory
     Load(load::Load),
+    /// Push an image to a registry
+    Push(push::Push),
+    /// Log in to a registry
+    Login(login::Login),
+    /// Remove the credentials for a registry
+    Logout(login::Logout),
     /// Save images to an archive
     Save(save::Save),
     /// Make an image of a root filesystem
@@ -246,6 +254,9 @@ impl Cli {
             Command::Pull(pull) => pull.run(),
             Command::Prepare(prepare) => prepare.run(),
             Command::Load(load) => load.run(),
+            Command::Push(push) => push.run(),
+            Command::Login(login) => login.run(),
+            Command::Logout(logout) => logout.run(),
             Command::Save(save) => save.run(),
             Command::Import(import) => import.run(),
             Command::History(history) => history.run(),

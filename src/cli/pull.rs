@@ -13,10 +13,10 @@ const EXAMPLES: &str = "\
 Examples:
   husk pull debian:12
   husk pull registry.example.com:5000/team/app@sha256:e3b0...
-  docker login registry.example.com && husk pull registry.example.com/team/app
+  husk login registry.example.com && husk pull registry.example.com/team/app
   husk pull localhost:5000/app      (TLS is optional for a registry on this host)
 
-Credentials from `docker login` and `podman login` are used. CA certificates of a registry are read from the same places as
+Credentials from `husk login`, `docker login` and `podman login` are used. CA certificates of a registry are read from the same places as
 by Docker and podman: certs.d/HOST[:PORT]/*.crt in /etc/docker or /etc/containers, or in either below ~/.config.
 
 An interrupted pull resumes where it stopped.";

@@ -70,8 +70,7 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "container" => "use `husk ps`, `husk rm` and so on, without `container`",
         "image" => "use `husk images`, `husk rmi` and so on, without `image`",
         "system" => "use `husk prune`",
-        "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
-        "build" | "push" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
+        "build" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
         "compose" | "kube" | "pod" | "service" | "stack" | "swarm" => {
             "start each machine by itself, with `husk network create` for a common network"
         }
@@ -116,7 +115,6 @@ mod tests {
             (&["version"][..], "husk --version"),
             (&["container", "ls"], "husk ps"),
             (&["image", "ls"], "husk images"),
-            (&["login"], "podman login"),
             (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
             (&["run", "--gpus", "all", "x"], "no access to the host's GPUs"),

@@ -61,7 +61,7 @@ pub use self::erofs::Form;
 pub use self::manage::{Listed, PruneOptions, Pruned, Removed};
 pub use self::manifest::Platform;
 pub use self::progress::Progress;
-pub use self::registry::Pulled;
+pub use self::registry::{Pulled, Pushed, login};
 pub use self::scratch::{Kept, Scratch};
 pub use self::source::Source;
 pub use self::store::Store;

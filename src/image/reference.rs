@@ -38,6 +38,14 @@ pub enum Version {
 }
 
 impl Reference {
+    /// The registry itself: a reference with an empty repository, for its credentials.
+    pub fn of_registry(host: &str) -> Result<Reference> {
+        ensure!(is_registry(host), "invalid registry host {host:?}");
+        let registry = if host == "index.docker.io" { DEFAULT_REGISTRY } else { host };
+        let version = Version::Tag(DEFAULT_TAG.to_owned());
+        Ok(Reference { registry: registry.to_owned(), repository: String::new(), version })
+    }
+
     /// The reference for requests to the registry.
     pub fn version(&self) -> String {
         match &self.version {

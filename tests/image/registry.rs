@@ -112,7 +112,7 @@ fn credentials_are_read_from_dockers_configuration() {
     let registry = Registry::start(&house, Asks::Password, false);
     push(&house, &registry, "app:1", false);
     let name = format!("127.0.0.1:{}/app:1", registry.port);
-    house.refused(&["pull", &name], "requires a username and password: run `docker login 127.0.0.1:");
+    house.refused(&["pull", &name], "requires a username and password: run `husk login 127.0.0.1:");
     let configure = |text: String| {
         house.sh("mkdir -p docker");
         std::fs::write(house.path("docker/config.json"), text).unwrap();
@@ -166,4 +166,80 @@ fn a_killed_pull_is_resumed() {
     let line = Line::to(registry.port, i64::MAX);
     assert!(house.husk(&["pull", &name(line.port)]).status.success());
     assert!(line.bytes() < 6 << 20, "{} bytes came for the rest of 8 MiB", line.bytes());
+}
+
+#[test]
+fn an_image_is_pushed_without_what_the_registry_has() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, Asks::Password, false);
+    let ok = |words: &[&str]| {
+        let output = house.husk(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    house.refused(&["push", &registry.name("no/such:1")], "there is no such image");
+    // One layer is sent in several chunks.
+    house.sh("mkdir big; head -c 40M /dev/urandom >big/b; tar -C big -cf big.tar .; umoci raw add-layer --image layout:app big.tar");
+    ok(&["load", "layout", "--name", &registry.name("team/app:1")]);
+    let denied = house.husk(&["push", &registry.name("team/app:1")]);
+    assert!(String::from_utf8_lossy(&denied.stderr).contains("run `husk login 127.0.0.1:"), "{denied:?}");
+
+    let server = registry.name("");
+    let server = server.trim_end_matches('/');
+    let login = |password: &str| {
+        let mut command = house.command(&["login", "-u", "user", "--password-stdin", server]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), format!("{password}\n").as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let wrong = login("wrong");
+    assert!(!wrong.status.success() && String::from_utf8_lossy(&wrong.stderr).contains("does not accept"), "{wrong:?}");
+    house.sh("mkdir -p docker; echo '{\"credHelpers\": {\"x\": \"y\"}}' >docker/config.json");
+    let logged_in = login("secret");
+    assert!(logged_in.stdout == b"Login Succeeded\n", "{logged_in:?}");
+    house.sh("grep -q credHelpers docker/config.json; stat -c %a docker/config.json | grep 600");
+
+    let printed = ok(&["push", &registry.name("team/app:1")]);
+    assert!(printed.contains("\n1: digest: sha256:") && printed.contains(" size: "), "{printed}");
+    house.sh(&format!(
+        "skopeo copy -q --src-creds user:secret --src-tls-verify=false docker://{} oci:copy:x",
+        registry.name("team/app:1")
+    ));
+    // What the registry has is not sent again, neither in the repository nor in another one.
+    let line = Line::to(registry.port, i64::MAX);
+    let through = |repository: &str| format!("127.0.0.1:{}/{repository}", line.port);
+    house.sh(&format!("sed -i 's/127.0.0.1:{}/127.0.0.1:{}/' docker/config.json", registry.port, line.port));
+    for name in ["team/app:1", "team/app:2", "other/app:1"] {
+        ok(&["tag", &registry.name("team/app:1"), &through(name)]);
+    }
+    assert_eq!(ok(&["push", "-q", "--all-tags", &through("team/app")]).lines().count(), 2);
+    ok(&["push", &through("other/app:1")]);
+    let id = house.inspect(&registry.name("team/app:1"))["Id"].clone();
+    ok(&["rmi", &through("other/app:1")]);
+    ok(&["pull", &through("other/app:1")]);
+    assert_eq!(house.inspect(&through("other/app:1"))["Id"], id);
+
+    let server = format!("127.0.0.1:{}", line.port);
+    assert!(ok(&["logout", &server]).starts_with("Removed"));
+    assert!(ok(&["logout", &server]).starts_with("Not logged in"));
+}
+
+#[test]
+fn a_credential_helper_keeps_the_password() {
+    let house = House::new();
+    let registry = Registry::start(&house, Asks::Password, false);
+    house.sh("mkdir -p docker bin; echo '{\"credsStore\": \"test\"}' >docker/config.json
+        printf '#!/bin/sh\\necho $1 >>%s/calls; cat >>%s/calls\\n' $PWD $PWD >bin/docker-credential-test; chmod +x bin/*");
+    let path = format!("{}:{}", house.path("bin").display(), std::env::var("PATH").unwrap());
+    let run = |words: &[&str]| {
+        let output = house.command(words).env("PATH", &path).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    let server = format!("127.0.0.1:{}", registry.port);
+    run(&["login", "-u", "user", "-p", "secret", &server]);
+    run(&["logout", &server]);
+    let calls = std::fs::read_to_string(house.path("calls")).unwrap();
+    assert!(calls.contains(r#""Secret":"secret""#) && calls.contains("erase\n127.0.0.1:"), "{calls}");
+    assert!(!std::fs::read_to_string(house.path("docker/config.json")).unwrap().contains("secret"));
 }

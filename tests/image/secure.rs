@@ -68,7 +68,7 @@ fn tokens_are_issued_for_passwords_and_identity_tokens() {
     house.refused(&["pull", &name], "denied access to");
     assert!(asked(&house).starts_with("GET nobody repository:team/app:pull\n"));
     login(r#""auth": "dXNlcjp3cm9uZw==""#);
-    house.refused(&["pull", &name], "denied the token (401 Unauthorized): run `docker login 127.0.0.1:");
+    house.refused(&["pull", &name], "denied the token (401 Unauthorized): run `husk login 127.0.0.1:");
     login(&format!(r#""auth": "{AUTH}""#));
     expect_pulled(&house.husk(&["pull", &name]));
     assert_eq!(asked(&house), "GET user repository:team/app:pull\n", "one token serves all");

@@ -48,7 +48,7 @@ impl Auth {
         let header = if let Some(challenge) = challenges.iter().find(|found| found.scheme == "bearer") {
             format!("Bearer {}", self.token(agent, challenge, credential)?)
         } else if challenges.iter().any(|found| found.scheme == "basic") {
-            let login = || format!("{server} requires a username and password: run `docker login {server}`");
+            let login = || format!("{server} requires a username and password: run `husk login {server}`");
             basic(&credential.with_context(login)?)
                 .with_context(|| format!("{server} requires a username and password, not a token"))?
         } else {
@@ -81,7 +81,11 @@ impl Auth {
                 ("refresh_token", token),
             ]),
             _ => {
-                let mut request = agent.get(realm).query("service", service).query("scope", scope);
+                let mut request = agent.get(realm).query("service", service);
+                // To log in, nothing is asked for.
+                if !self.reference.repository.is_empty() {
+                    request = request.query("scope", scope);
+                }
                 if let Some(header) = credential.as_ref().and_then(basic) {
                     request = request.header("Authorization", header);
                 }
@@ -92,7 +96,7 @@ impl Auth {
         let mut response = retry::with_backoff(realm, asked)?;
         ensure!(
             response.status().is_success(),
-            "{realm} denied the token ({}): run `docker login {}` again",
+            "{realm} denied the token ({}): run `husk login {}` again",
             response.status(),
             self.reference.registry
         );
@@ -122,7 +126,7 @@ fn basic(credential: &Credential) -> Option<String> {
 }
 
 /// RFC 4648.
-fn base64(bytes: &[u8]) -> String {
+pub fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {

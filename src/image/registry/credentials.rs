@@ -14,9 +14,9 @@ use serde_json::Value;
 use crate::image::reference::Reference;
 
 /// Docker's name for the credentials of the default registry.
-const DOCKER_HUB: &str = "https://index.docker.io/v1/";
+pub const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 /// Enough for about a thousand registries.
-const FILE_MAX_BYTES: u64 = 4 << 20;
+pub const FILE_MAX_BYTES: u64 = 4 << 20;
 
 /// Credentials for a registry.
 #[derive(Clone, Serialize, Deserialize)]

@@ -7,15 +7,19 @@ mod auth;
 mod credentials;
 mod download;
 mod fetch;
+pub mod login;
 mod outside;
 mod pull;
+mod push;
 mod retry;
 mod trust;
+mod upload;
 
 pub use self::auth::Challenge;
 pub use self::credentials::parse as parse_credentials;
 pub use self::outside::Question;
 pub use self::pull::{Pulled, find_in};
+pub use self::push::Pushed;
 
 use std::fmt;
 use std::io;
@@ -187,6 +191,7 @@ impl Registry {
         let scheme = if is_loopback(registry) && !speaks_tls(&agent, host) { "http" } else { "https" };
         Ok(Registry {
             agent,
+            // Without a repository it is that of the registry itself.
             base: format!("{scheme}://{host}/v2/{}", reference.repository),
             auth: Auth::new(&reference, outside.clone()),
             reference,
@@ -272,7 +277,7 @@ impl Registry {
         let name = &self.reference;
         match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => bail!(
-                "{} denied access to {}: check the name, or run `docker login {}`",
+                "{} denied access to {}: check the name, or run `husk login {}`",
                 name.registry,
                 name.familiar(),
                 name.registry
