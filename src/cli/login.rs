@@ -124,7 +124,7 @@ fn ask(prompt: &str, echoes: bool) -> Result<String> {
 }
 
 /// What is typed until Enter.
-fn typed(input: &mut impl Read) -> Result<String> {
+fn typed(input: &mut impl BufRead) -> Result<String> {
     let mut bytes = Vec::new();
     for byte in input.bytes() {
         match byte? {
