@@ -295,6 +295,56 @@ fn a_run_without_a_process_has_a_distinct_exit_code() {
 }
 
 #[test]
+fn shells_complete_names() {
+    let data = tempfile::tempdir().unwrap();
+    let husk = env!("CARGO_BIN_EXE_husk");
+    let bin = std::path::Path::new(husk).parent().unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let run = |program: &str, words: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(words).env("HUSK_DATA", data.path()).env("XDG_RUNTIME_DIR", data.path()).env("PATH", &path);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    fs::create_dir_all(data.path().join("root/bin")).unwrap();
+    for name in ["web:1", "worker"] {
+        run(husk, &["load", data.path().join("root").to_str().unwrap(), "-n", name]);
+    }
+    run(husk, &["volume", "create", "data"]);
+    assert_eq!(
+        (run(husk, &["__complete", "images"]), run(husk, &["__complete", "volumes"])),
+        ("web:1\nworker:latest\n".into(), "data\n".into())
+    );
+    let complete = |words: &str| {
+        let script = format!(
+            "source <(husk completions bash); COMP_WORDS=({words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 )); COMP_LINE='{words}'
+             _husk_with_names husk \"${{COMP_WORDS[COMP_CWORD]}}\" x; printf '%s ' \"${{COMPREPLY[@]}}\""
+        );
+        run("bash", &["-c", &script])
+    };
+    assert!(complete("husk rmi wor").contains("worker:latest "), "{}", complete("husk rmi wor"));
+    assert!(complete("husk rmi --fo").contains("--force ") && !complete("husk rmi --fo").contains("web"));
+    assert!(complete("husk volume rm da").contains("data "));
+
+    for (words, printed) in [
+        (
+            &["system", "df", "--format", "{{.Type}} {{.TotalCount}}"][..],
+            "Images 1\nLayers 0\nWarm images 0\nMachines 0\nDisks 0\nVolumes 1\n",
+        ),
+        (&["info", "--format", "{{.Images}} {{.ContainersRunning}}"], "1 0\n"),
+        (&["version", "-f", "{{.Server.Version}}"], concat!(env!("CARGO_PKG_VERSION"), "\n")),
+        (&["image", "ls", "--format", "{{.Tag}}"], "1\nlatest\n"),
+        (&["container", "ls", "-q"], ""),
+        (&["image", "inspect", "-f", "{{len .RepoTags}}", "web:1"], "2\n"),
+    ] {
+        assert_eq!(run(husk, words), printed, "{words:?}");
+    }
+    assert!(run(husk, &["system", "df", "-v"]).contains("data"));
+    assert!(run(husk, &["system", "prune", "-f"]).starts_with("Removed 0 images"));
+}
+
+#[test]
 fn completions_exist_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = stdout(&["completions", shell]);

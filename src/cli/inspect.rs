@@ -58,12 +58,15 @@ pub(super) struct Inspect {
 
 /// The value of `--format`.
 #[derive(Debug, Clone)]
-enum Format {
+pub enum Format {
+    /// JSON on one line.
     Json,
+    /// A template.
     Template(Template),
 }
 
-fn format(text: &str) -> Result<Format, String> {
+/// Parses it.
+pub fn format(text: &str) -> Result<Format, String> {
     match text {
         "json" => Ok(Format::Json),
         text => Template::parse(text).map(Format::Template).map_err(|error| format!("{error:#}")),
@@ -71,6 +74,16 @@ fn format(text: &str) -> Result<Format, String> {
 }
 
 impl Inspect {
+    /// Of images only.
+    pub fn images(self) -> Inspect {
+        Inspect { kind: Some(Kind::Image), ..self }
+    }
+
+    /// Of machines only.
+    pub fn machines(self) -> Inspect {
+        Inspect { kind: Some(Kind::Machine), ..self }
+    }
+
     /// Prints a list with one object for each that exists, or what the format makes of each.
     pub fn run(self) -> Result<Exit> {
         let (found, failed): (Vec<_>, Vec<_>) = self.names.iter().map(|name| self.find(name)).partition(Result::is_ok);

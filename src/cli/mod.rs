@@ -16,6 +16,7 @@ pub mod exec;
 pub mod exit;
 mod filter;
 pub mod generate;
+pub mod groups;
 mod healthcheck;
 pub mod history;
 pub mod images;
@@ -58,6 +59,7 @@ pub mod start;
 pub mod stats;
 pub mod stop;
 pub mod suspend;
+pub mod system;
 pub mod tag;
 mod time;
 mod top;
@@ -205,8 +207,23 @@ enum Command {
     Bench(bench::Bench),
     /// Check whether this host can run machines, and suggest fixes
     Doctor(doctor::Doctor),
+    /// Show the disk usage, or remove unused data
+    System(system::System),
+    /// Show what is known about this husk and its host
+    Info(system::Info),
+    /// Show the version
+    Version(system::Version),
+    /// Docker's group of commands for images
+    #[command(hide = true)]
+    Image(Box<groups::Image>),
+    /// Docker's group of commands for containers
+    #[command(hide = true)]
+    Container(Box<groups::Container>),
     /// Generate a shell completion script
     Completions(completions::Completions),
+    /// Print names for a shell's completion
+    #[command(name = "__complete", hide = true)]
+    Names(completions::Names),
     /// Generate manual pages
     Man(man::Man),
 }
@@ -271,7 +288,13 @@ impl Cli {
             Command::Network(networks) => networks.run(),
             Command::Bench(bench) => bench.run(),
             Command::Doctor(doctor) => doctor.run(),
+            Command::System(system) => system.run(),
+            Command::Info(info) => info.run(),
+            Command::Version(version) => version.run(),
+            Command::Image(image) => image.run(),
+            Command::Container(container) => container.run(),
             Command::Completions(completions) => completions.run(),
+            Command::Names(names) => names.run(),
             Command::Man(man) => man.run(),
         }
     }

@@ -32,6 +32,10 @@ pub(super) struct Pull {
     #[arg(long, value_name = "OS/ARCH", default_value = "linux/amd64", value_parser = platform)]
     platform: Platform,
 
+    /// Pull all tags of the repository
+    #[arg(short, long)]
+    all_tags: bool,
+
     /// Suppress progress output, print only the image ID
     #[arg(short, long)]
     quiet: bool,
@@ -45,12 +49,15 @@ impl Pull {
     pub fn run(self) -> Result<Exit> {
         let store = self.import.store()?;
         let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
-        let pulled = store.pull(&self.name, &self.platform, progress)?;
-        if self.quiet {
-            super::print(&format!("{}\n", pulled.prepared.id))?;
-        } else {
-            let state = if pulled.is_known { "is up to date" } else { "was pulled" };
-            super::print(&format!("{} {state}: {}\n", self.name.familiar(), pulled.digest))?;
+        let names = if self.all_tags { store.remote_tags(&self.name)? } else { vec![self.name.clone()] };
+        for name in &names {
+            let pulled = store.pull(name, &self.platform, progress)?;
+            if self.quiet {
+                super::print(&format!("{}\n", pulled.prepared.id))?;
+            } else {
+                let state = if pulled.is_known { "is up to date" } else { "was pulled" };
+                super::print(&format!("{} {state}: {}\n", name.familiar(), pulled.digest))?;
+            }
         }
         Ok(Exit::Success)
     }

@@ -65,11 +65,6 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         return None;
     }
     Some(match command {
-        "version" => "use `husk --version`",
-        "info" => "use `husk doctor`",
-        "container" => "use `husk ps`, `husk rm` and so on, without `container`",
-        "image" => "use `husk images`, `husk rmi` and so on, without `image`",
-        "system" => "use `husk prune`",
         "build" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
         "compose" | "kube" | "pod" | "service" | "stack" | "swarm" => {
             "start each machine by itself, with `husk network create` for a common network"
@@ -112,9 +107,7 @@ mod tests {
     #[test]
     fn errors_name_the_replacement_of_dockers_options() {
         for (arguments, hint) in [
-            (&["version"][..], "husk --version"),
-            (&["container", "ls"], "husk ps"),
-            (&["image", "ls"], "husk images"),
+            (&["build"][..], "docker, podman or buildah"),
             (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
             (&["run", "--gpus", "all", "x"], "no access to the host's GPUs"),

@@ -215,6 +215,8 @@ fn an_image_is_pushed_without_what_the_registry_has() {
     }
     assert_eq!(ok(&["push", "-q", "--all-tags", &through("team/app")]).lines().count(), 2);
     ok(&["push", &through("other/app:1")]);
+    let pulled = ok(&["pull", "--all-tags", &through("team/app")]);
+    assert!(pulled.contains("team/app:1 is up to date") && pulled.contains("team/app:2 is up to date"), "{pulled}");
     let id = house.inspect(&registry.name("team/app:1"))["Id"].clone();
     ok(&["rmi", &through("other/app:1")]);
     ok(&["pull", &through("other/app:1")]);

@@ -12,6 +12,7 @@ mod outside;
 mod pull;
 mod push;
 mod retry;
+mod tags;
 mod trust;
 mod upload;
 

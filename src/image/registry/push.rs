@@ -7,10 +7,13 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::credentials::{self, Credential};
 use super::outside::{self, Outside, Question, Remote};
+use super::tags::TAGS_MAX;
 use super::upload::Upload;
 use super::{Client, Registry};
 use crate::image::bundle::Part;
@@ -50,6 +53,20 @@ impl Store {
             Ok(Pushed { digest: Digest::of(&whole.manifest), manifest_bytes: whole.manifest.len() })
         };
         push().with_context(|| format!("push {}", name.familiar()))
+    }
+
+    /// The tags of a repository in its registry.
+    pub fn remote_tags(&self, name: &Reference) -> Result<Vec<Reference>> {
+        let list = || -> Result<Vec<Reference>> {
+            let tags =
+                talk(self.sandbox, Access::of_user(name), Vec::new(), Progress::Hidden, |client, outside, _| {
+                    Registry::new(client, outside)?.tags()
+                })?;
+            ensure!(tags.len() <= TAGS_MAX, "it has too many tags");
+            let Reference { registry, repository, .. } = name;
+            tags.iter().map(|tag| format!("{registry}/{repository}:{tag}").parse()).collect()
+        };
+        list().with_context(|| format!("list the tags of {}/{}", name.registry, name.repository))
     }
 
     /// For each layer another repository of the same registry that has it, as far as the store's names tell.
@@ -99,13 +116,13 @@ pub fn check_login(server: &Reference, credential: Credential, confined: bool) -
 }
 
 /// Runs a conversation with a registry in a confined process, which has these files.
-fn talk(
+fn talk<T: Serialize + DeserializeOwned>(
     confined: bool,
     access: Access,
     files: Vec<RawFd>,
     progress: Progress,
-    talk: impl FnOnce(Client, Arc<dyn Outside>, Progress) -> Result<()>,
-) -> Result<()> {
+    talk: impl FnOnce(Client, Arc<dyn Outside>, Progress) -> Result<T>,
+) -> Result<T> {
     let client = Client::new(&access.reference);
     if !confined {
         return talk(client, Arc::new(access), progress);

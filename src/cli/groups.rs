@@ -1,0 +1,121 @@
+//! `husk image` and `husk container`: Docker's groups, of commands that husk has without them.
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use super::exit::Exit;
+use super::{
+    history, images, import_root, inspect, kill, load, logs, pause, prune, ps, pull, push, rename, rm, rmi, save,
+};
+use super::{start, stats, stop, tag, wait};
+
+#[derive(Debug, Args)]
+pub(super) struct Image {
+    #[command(subcommand)]
+    command: ImageCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// List images
+    #[command(alias = "list")]
+    Ls(images::Images),
+    /// Remove images
+    #[command(alias = "remove")]
+    Rm(rmi::Rmi),
+    /// Display detailed information about images
+    Inspect(inspect::Inspect),
+    /// Pull an image from a registry
+    Pull(pull::Pull),
+    /// Push an image to a registry
+    Push(push::Push),
+    /// Give an image another name
+    Tag(tag::Tag),
+    /// Save images to an archive
+    Save(save::Save),
+    /// Load an image from an archive or a directory
+    Load(load::Load),
+    /// Make an image of a root filesystem
+    Import(import_root::ImportRoot),
+    /// Show the history of an image
+    History(history::History),
+    /// Remove unused data
+    Prune(prune::Prune),
+}
+
+impl Image {
+    /// Executes the command.
+    pub fn run(self) -> Result<Exit> {
+        match self.command {
+            ImageCommand::Ls(images) => images.run(),
+            ImageCommand::Rm(rmi) => rmi.run(),
+            ImageCommand::Inspect(inspect) => inspect.images().run(),
+            ImageCommand::Pull(pull) => pull.run(),
+            ImageCommand::Push(push) => push.run(),
+            ImageCommand::Tag(tag) => tag.run(),
+            ImageCommand::Save(save) => save.run(),
+            ImageCommand::Load(load) => load.run(),
+            ImageCommand::Import(import) => import.run(),
+            ImageCommand::History(history) => history.run(),
+            ImageCommand::Prune(prune) => prune.run(),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Container {
+    #[command(subcommand)]
+    command: ContainerCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ContainerCommand {
+    /// List machines
+    #[command(alias = "list", alias = "ps")]
+    Ls(ps::Ps),
+    /// Remove stopped machines
+    Rm(rm::Rm),
+    /// Display detailed information about machines
+    Inspect(inspect::Inspect),
+    /// Fetch the logs of a machine
+    Logs(logs::Logs),
+    /// Display resource usage statistics
+    Stats(stats::StatsArgs),
+    /// Stop running machines
+    Stop(stop::Stop),
+    /// Start stopped machines
+    Start(start::Start),
+    /// Restart machines
+    Restart(start::Restart),
+    /// Kill running machines, or send them a signal
+    Kill(kill::Kill),
+    /// Block until machines stop, then print their exit codes
+    Wait(wait::Wait),
+    /// Pause running machines
+    Pause(pause::Pause),
+    /// Resume paused machines
+    Unpause(pause::Pause),
+    /// Rename a machine
+    Rename(rename::Rename),
+}
+
+impl Container {
+    /// Executes the command.
+    pub fn run(self) -> Result<Exit> {
+        match self.command {
+            ContainerCommand::Ls(ps) => ps.run(),
+            ContainerCommand::Rm(rm) => rm.run(),
+            ContainerCommand::Inspect(inspect) => inspect.machines().run(),
+            ContainerCommand::Logs(logs) => logs.run(),
+            ContainerCommand::Stats(stats) => stats.run(),
+            ContainerCommand::Stop(stop) => stop.run(),
+            ContainerCommand::Start(start) => start.run(),
+            ContainerCommand::Restart(restart) => restart.run(),
+            ContainerCommand::Kill(kill) => kill.run(),
+            ContainerCommand::Wait(wait) => wait.run(),
+            ContainerCommand::Pause(pause) => pause.pause(),
+            ContainerCommand::Unpause(pause) => pause.unpause(),
+            ContainerCommand::Rename(rename) => rename.run(),
+        }
+    }
+}
