@@ -20,9 +20,9 @@ fn a_machine_on_a_network_has_the_wanted_address_names_and_ports() {
     let published = format!("{port}:80");
     let flags = [
         &["--rm", "--name", "web", "--network", "shown", "--ip", "10.86.79.77", "--network-alias", "alias"][..],
-        &["--mac-address", "02:00:00:00:00:77", "-p", &published, "-p", "81", "--add-host", "host:host-gateway"],
+        &["--mac-address", "02:00:00:00:00:77", "-p", &published, "-p", "81", "--add-host", "outside:host-gateway"],
     ];
-    let script = "mkdir /www; cat /sys/class/net/eth0/address >/www/x; grep host$ /etc/hosts >>/www/x
+    let script = "mkdir /www; cat /sys/class/net/eth0/address >/www/x; grep outside$ /etc/hosts >>/www/x
         nslookup alias 10.86.79.1 | grep -c 10.86.79.77 >>/www/x; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     let (machine, _output) = start(&guests, &flags.concat(), script);
     let listed = husk(&["port", "web", "80"]);
@@ -32,7 +32,7 @@ fn a_machine_on_a_network_has_the_wanted_address_names_and_ports() {
     for address in ["127.0.0.1".to_owned(), host.to_string(), "10.86.79.1".into()] {
         let url = format!("http://{address}:{port}/x");
         let told = run(Command::new("curl").args(["-gsS", "--max-time", "60", &url]));
-        assert_eq!(told, "02:00:00:00:00:77\n10.86.79.1\thost\n1\n", "{address}");
+        assert_eq!(told, "02:00:00:00:00:77\n10.86.79.1\toutside\n1\n", "{address}");
     }
     end(machine);
     assert!(!run(Command::new("nft").args(["list", "ruleset"])).contains("10.86.79.77"));
