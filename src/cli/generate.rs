@@ -4,7 +4,9 @@ mod unit;
 mod words;
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -98,13 +100,25 @@ impl Systemd {
         }
         let path =
             std::env::current_dir().context("get the working directory")?.join(format!("husk-{machine}.service"));
-        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        self.write(&path, &text).with_context(|| format!("write {}", path.display()))?;
         super::print(&format!("{}\n", path.display()))?;
         Ok(Exit::Success)
     }
 
+    /// Writes the file, or replaces it. Values of -e may be secrets.
+    fn write(&self, path: &Path, text: &str) -> std::io::Result<()> {
+        // An existing file would keep its mode.
+        let part = path.with_extension("service.part");
+        let _ = fs::remove_file(&part);
+        let mode = if self.new { 0o600 } else { 0o644 };
+        File::options().write(true).create_new(true).mode(mode).open(&part)?.write_all(text.as_bytes())?;
+        fs::rename(part, path)
+    }
+
     fn unit(&self, entry: &MachineEntry, machine: &str, husk: &Path) -> Result<Unit> {
         let origin = Origin::read(entry)?;
+        let working_dir = self.new.then(|| origin.dir());
+        working_dir.as_deref().map_or(Ok(()), unit::check_plain)?;
         let start = if self.new {
             self.start_anew(machine, &origin)?
         } else {
@@ -116,7 +130,7 @@ impl Systemd {
         Ok(Unit {
             machine: machine.to_owned(),
             husk: husk.to_owned(),
-            working_dir: self.new.then(|| origin.dir()),
+            working_dir,
             start,
             is_new: self.new,
             stop_seconds: self.stop_timeout,

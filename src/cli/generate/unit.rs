@@ -5,6 +5,8 @@ use std::fmt::{self, Display, Formatter, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, ensure};
+
 /// How much longer than a stop the end of a machine may take.
 const MARGIN_SECONDS: u32 = 60;
 
@@ -36,7 +38,8 @@ pub(super) struct Unit {
 impl Display for Unit {
     fn fmt(&self, f: &mut Formatter) -> fmt::Result {
         let Unit { machine, stop_seconds, restart, .. } = self;
-        let husk = quoted(self.husk.as_os_str());
+        // The path of a command and values of variables know no other variables.
+        let husk = escaped(self.husk.as_os_str(), b"%");
         writeln!(f, "# husk-{machine}.service: written by `husk generate systemd`\n")?;
         writeln!(f, "[Unit]\nDescription=husk machine {machine}")?;
         writeln!(f, "Wants=network-online.target\nAfter=network-online.target")?;
@@ -45,13 +48,13 @@ impl Display for Unit {
         }
         writeln!(f, "\n[Service]\nType=notify")?;
         if let Some(dir) = &self.working_dir {
-            writeln!(f, "WorkingDirectory={}", path(dir))?;
+            writeln!(f, "WorkingDirectory={}", dir.display().to_string().replace('%', "%%"))?;
         }
         if let Some(dir) = self.runtime_dir.as_ref().filter(|_| self.is_root) {
-            writeln!(f, "Environment={}", quoted(&assigned("XDG_RUNTIME_DIR", dir.as_os_str())))?;
+            writeln!(f, "Environment={}", escaped(&assigned("XDG_RUNTIME_DIR", dir.as_os_str()), b"%"))?;
         }
         for (name, value) in &self.variables {
-            writeln!(f, "Environment={}", quoted(&assigned(name, value)))?;
+            writeln!(f, "Environment={}", escaped(&assigned(name, value), b"%"))?;
         }
         if self.is_new {
             writeln!(f, "ExecStartPre={husk} rm -f {machine}")?;
@@ -82,13 +85,20 @@ fn assigned(name: &str, value: &OsStr) -> OsString {
     text
 }
 
-/// A path as the value of a setting, which is not split into words.
-fn path(path: &Path) -> String {
-    path.display().to_string().replace('%', "%%")
+/// Fails unless a unit can name this path where quotes and escapes have no meaning.
+pub(super) fn check_plain(path: &Path) -> Result<()> {
+    let is_plain = |text: &str| text.trim() == text && !text.ends_with('\\') && !text.contains(char::is_control);
+    ensure!(path.to_str().is_some_and(is_plain), "systemd has no way to write the path {path:?}: leave out --new");
+    Ok(())
 }
 
-/// A word of a command line or of a list of variables: without meaning for systemd, whatever its bytes.
-pub(super) fn quoted(word: &OsStr) -> String {
+/// An argument of a command: without meaning for systemd, whatever its bytes.
+fn quoted(word: &OsStr) -> String {
+    escaped(word, b"%$")
+}
+
+/// A word without meaning for systemd. The bytes in `doubled` would begin something that is replaced.
+fn escaped(word: &OsStr, doubled: &[u8]) -> String {
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=,@+".contains(byte);
     let bytes = word.as_bytes();
     if !bytes.is_empty() && bytes.iter().all(is_plain) {
@@ -98,7 +108,7 @@ pub(super) fn quoted(word: &OsStr) -> String {
     for byte in bytes {
         match byte {
             b'"' | b'\\' => text.extend(['\\', char::from(*byte)]),
-            b'%' | b'$' => text.extend([char::from(*byte); 2]),
+            byte if doubled.contains(byte) => text.extend([char::from(*byte); 2]),
             b' '..=b'~' => text.push(char::from(*byte)),
             _ => drop(write!(text, "\\x{byte:02x}")),
         }
@@ -126,7 +136,7 @@ mod tests {
             restart: "on-failure".into(),
             runtime_dir: Some("/run/user/0".into()),
             is_root: true,
-            variables: vec![("HUSK_DATA".into(), "/srv/my data".into())],
+            variables: vec![("HUSK_DATA".into(), "/srv/my $data %n".into())],
         }
     }
 
@@ -146,12 +156,20 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_would_begin_another_setting_is_refused() {
+        check_plain(Path::new("/srv/my $data %n é")).unwrap();
+        for path in [&b"/a\nExecStartPre=/bin/id"[..], b"/a\\", b"/a ", b"/\xff", b"/a\r"] {
+            assert!(check_plain(Path::new(OsStr::from_bytes(path))).is_err(), "{path:?}");
+        }
+    }
+
+    #[test]
     fn a_unit_says_how_the_machine_is_run() {
         let text = unit().to_string();
         for line in [
             "Requires=user-runtime-dir@0.service",
             "Environment=XDG_RUNTIME_DIR=/run/user/0",
-            "Environment=\"HUSK_DATA=/srv/my data\"",
+            "Environment=\"HUSK_DATA=/srv/my $data %%n\"",
             "ExecStartPre=/bin/true rm -f web",
             r#"ExecStart=/bin/true run --rm --name=web -e "A=1 $$x %%y \"z\"" debian "\xff\x0a""#,
             "ExecStop=/bin/true stop -t 10 web",
