@@ -90,7 +90,8 @@ impl VolumeArgs {
     /// Executes the subcommand.
     pub fn run(self) -> Result<Exit> {
         let store = Store::open_default()?;
-        let users = Users::find(&StateDir::open()?)?;
+        let state_dir = StateDir::open()?;
+        let users = Users::find(&state_dir)?;
         match self.command {
             Command::Create { names } if names.is_empty() => {
                 super::print(&format!("{}\n", store.create_anonymous_volume()?))?;
@@ -104,7 +105,9 @@ impl VolumeArgs {
                 let unused = users.volumes(&store)?.into_iter().filter(|volume| !volume.in_use);
                 let names = unused.map(|volume| volume.name);
                 let names: Vec<String> = names.filter(|name| all || volumes::is_anonymous(name)).collect();
-                for_each(&names, |name| store.remove_volume(name))
+                // Removing many may take long enough for a machine to get one of them.
+                let check = |name: &str| Users::find(&state_dir)?.check_none(name);
+                for_each(&names, |name| check(name).and_then(|()| store.remove_volume(name)))
             }
             Command::Ls { list, json } => {
                 let filters = list.filters(&COLUMNS)?;

@@ -24,6 +24,8 @@ use crate::resources::{data_dir, lock};
 const KEPT: &str = "kept";
 /// The link back.
 const RUNTIME: &str = "runtime";
+/// A machine's own directory while it is made again.
+const PART: &str = "recovered.part";
 
 /// The directory that contains those of all machines; `None` if there is no place for the user's data.
 pub(super) fn place() -> Option<PathBuf> {
@@ -59,6 +61,12 @@ pub(super) fn is_described(own: &Path) -> bool {
 }
 
 impl StateDir {
+    /// The records of all of the user's machines that stay, also of those that belong to another state directory.
+    pub fn kept_records(&self) -> Vec<Record> {
+        let dirs = self.kept.iter().flat_map(fs::read_dir).flatten().flatten();
+        dirs.filter_map(|dir| Record::read(&dir.path()).ok()).collect()
+    }
+
     /// Makes the directories of machines that stay again, if they are gone, as after a restart of the host.
     pub(super) fn recover(&self) {
         let Some(place) = &self.kept else { return };
@@ -68,7 +76,7 @@ impl StateDir {
             if !self.base.join(id).exists()
                 && let Err(error) = self.recover_machine(id, &entry.path())
             {
-                log::info!("recover machine {id}: {error:#}");
+                log::warn!("machine {id} cannot be used, and {} has its changes: {error:#}", entry.path().display());
             }
         }
         machine_dir::remove_leftovers(place);
@@ -88,8 +96,8 @@ impl StateDir {
             return Ok(machine_dir::remove(kept)?);
         }
         let mut record = Record::read(kept)?;
-        // Under another name until it is complete: a directory without a record is removed.
-        let part = self.base.join(format!("{}recovered", machine_dir::GONE));
+        // Under another name until it is complete: a directory without a record is removed, and so are leftovers.
+        let part = self.base.join(PART);
         let _ = fs::remove_dir_all(&part);
         DirBuilder::new().mode(0o700).create(&part)?;
         symlink(kept, part.join(KEPT))?;
@@ -165,6 +173,7 @@ mod tests {
         machine_dir::own(&there.base).unwrap();
         let (id, kept) = stopped(&there, "web");
         assert!(here.list().unwrap().is_empty());
+        assert_eq!(here.kept_records().iter().map(|record| &record.id).collect::<Vec<_>>(), [&id]);
         fs::remove_dir_all(&there.base).unwrap();
         let layer = File::open(kept.join(LAYER)).unwrap();
         layer.lock().unwrap();
@@ -190,6 +199,30 @@ mod tests {
         dir.abandon();
         fs::remove_dir_all(own).unwrap();
         assert!(state_dir.list().unwrap().is_empty() && !kept.exists());
+    }
+
+    #[test]
+    fn a_machine_that_is_being_recovered_is_no_leftover() {
+        let (temporary, state_dir) = state_dir();
+        let (id, _) = stopped(&state_dir, "web");
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    machine_dir::remove_leftovers(&state_dir.base);
+                }
+            });
+            let found = (0..300).map(|_| {
+                let gone = temporary.path().join("gone");
+                fs::rename(state_dir.base.join(&id), &gone).unwrap();
+                fs::remove_dir_all(gone).unwrap();
+                fs::remove_file(state_dir.base.join("names/web")).unwrap();
+                state_dir.find("web").is_ok_and(|entry| entry.record.is_some())
+            });
+            let missed = found.filter(|found| !found).count();
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(missed, 0);
+        });
     }
 
     #[test]

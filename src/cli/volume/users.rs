@@ -6,18 +6,21 @@ use anyhow::{Result, bail};
 
 use crate::image::volumes::Volume;
 use crate::image::{Store, volumes};
+use crate::state_dir::mounts::MountRecord;
 use crate::state_dir::{MachineEntry, StateDir};
 
 /// The machines that have volumes, by the volumes' names.
 pub(in crate::cli) struct Users(HashMap<String, String>);
 
 impl Users {
-    /// Those of now.
+    /// Those of now, also in other state directories: volumes are the same in all of them.
     pub fn find(state_dir: &StateDir) -> Result<Users> {
+        let here = state_dir.list()?.into_iter().filter_map(|entry| entry.record);
         let mut users = HashMap::new();
-        for entry in state_dir.list()? {
-            let mounts = entry.record.iter().flat_map(|record| &record.mounts);
-            users.extend(mounts.filter_map(|mount| Some((mount.volume()?.to_owned(), entry.name().to_owned()))));
+        for record in here.chain(state_dir.kept_records()) {
+            let name = record.name.as_ref().unwrap_or(&record.id);
+            let volumes = record.mounts.iter().filter_map(MountRecord::volume);
+            users.extend(volumes.map(|volume| (volume.to_owned(), name.clone())));
         }
         Ok(Users(users))
     }
