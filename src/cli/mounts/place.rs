@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use husk_protocol::Tmpfs;
@@ -66,11 +66,18 @@ fn mount_of(record: &MountRecord, machine: &str) -> Result<Mount> {
     Ok(Mount { source, target, access: Access { readonly: record.readonly, ..Access::default() } })
 }
 
+/// Whether what is there comes from the guest's kernel, which is nothing to copy to a volume or to hide behind it.
+fn is_kernels(target: &Path) -> bool {
+    target.starts_with("/proc") || target.starts_with("/sys") || target == Path::new("/dev")
+}
+
 /// All mounts: of those in one place, what the user asks for comes before what other machines have, and that before the volumes
 /// of the image.
 fn merge(asked: Vec<Mount>, inherited: Vec<Mount>, tmpfs: &[Tmpfs], volumes: &[String]) -> Vec<Mount> {
     let mut seen: HashSet<PathBuf> = tmpfs.iter().map(|tmpfs| path(&tmpfs.path).to_owned()).collect();
-    let of_image = volumes.iter().filter(|volume| super::check_target(volume.as_bytes()).is_ok());
+    let of_image = volumes
+        .iter()
+        .filter(|volume| super::check_target(volume.as_bytes()).is_ok() && !is_kernels(path(volume.as_bytes())));
     let of_image = of_image.map(|volume| Mount::anonymous(volume.as_bytes().to_vec()));
     // The last machine wins, as in Docker.
     let all = asked.into_iter().chain(inherited.into_iter().rev()).chain(of_image);
@@ -104,6 +111,9 @@ pub(in crate::cli) fn open(
             Source::Tmpfs(mount) => {
                 tmpfs.push(mount);
                 continue;
+            }
+            Source::Volume(_) if is_kernels(path(&target)) => {
+                bail!("{} belongs to the machine's kernel: mount the volume elsewhere", path(&target).display())
             }
             Source::Volume(None) if !machine.is_kept => {
                 record(MountSource::Layer);
@@ -165,7 +175,8 @@ mod tests {
     #[test]
     fn what_the_user_asks_for_comes_before_other_machines_and_the_image() {
         let tmpfs = Tmpfs { path: b"/tmp".to_vec(), flags: 0, options: String::new() };
-        let volumes = ["/data", "/own/", "/tmp", "/shared", "relative", "/", "/a/../b"].map(String::from);
+        let volumes = ["/data", "/own/", "/tmp", "/shared", "relative", "/", "/a/../b", "/proc", "/sys/x", "/dev/"]
+            .map(String::from);
         let inherited = vec![named("first", "/shared"), named("second", "/shared"), named("other", "/own")];
         let merged = merge(vec![named("mine", "/own")], inherited, &[tmpfs], &volumes);
         let anonymous = Mount::anonymous(b"/data".to_vec());
