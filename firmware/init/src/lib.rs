@@ -89,6 +89,7 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
         (Ok(mut prepared), None) => {
             if let Start::Wait(preload) = &spec.start {
                 preload::read(preload);
+                preload::end_others();
             }
             wait_and_begin(&mut session, &mut prepared);
             Some(prepared)

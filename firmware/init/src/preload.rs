@@ -9,12 +9,18 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{FIXED_PATH, Preload};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, geteuid};
 
 /// Larger files are not read: of them, a process uses only a part.
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -26,6 +32,8 @@ const ANSWER_BYTES_MAX: u64 = 1 << 20;
 const INTERPRETERS_MAX: usize = 3;
 /// What is read of a program to find out who runs it.
 const HEAD_BYTES: u64 = 4096;
+/// The user that a dynamic linker runs as. It is a program of the image, and what it may do to init would last.
+const LINKER_USER: u32 = 65534;
 /// Type of a program header (System V ABI, PT_INTERP).
 const PT_INTERP: u32 = 3;
 
@@ -103,11 +111,27 @@ impl Reader<'_> {
                 command.env(OsStr::from_bytes(name), OsStr::from_bytes(value.get(1..).unwrap_or_default()));
             }
         }
+        if geteuid().is_root() {
+            command.uid(LINKER_USER).gid(LINKER_USER);
+        }
         let Ok(mut child) = command.spawn() else { return Vec::new() };
         let answer = child.stdout.take().map(read_within).unwrap_or_default();
         let _ = child.kill();
         let _ = child.wait();
         answer
+    }
+}
+
+/// Ends the processes that programs of the image have left behind: nothing but init is to be saved with the machine. For PID 1.
+pub fn end_others() {
+    let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+    let until = Instant::now() + LINKER_TIMEOUT;
+    while Instant::now() < until {
+        match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+            Err(Errno::ECHILD) => break,
+            Ok(WaitStatus::StillAlive) => thread::sleep(Duration::from_millis(1)),
+            _ => {}
+        }
     }
 }
 
@@ -128,6 +152,10 @@ fn read_within(mut pipe: impl Read + AsFd) -> Vec<u8> {
 
 fn head(path: &Path) -> Vec<u8> {
     let mut head = Vec::new();
+    // Files of the kernel without a size may wait for something.
+    if !fs::metadata(path).is_ok_and(|found| found.len() > 0) {
+        return head;
+    }
     let _ = File::open(path).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut head));
     head
 }
@@ -203,6 +231,7 @@ mod tests {
         assert!(reader.done.contains(&found) && reader.done.contains(&fs::canonicalize(is_read).unwrap()));
         assert!(shebang(b"#! /bin/sh  -e\nrest").unwrap() == [&b"/bin/sh"[..], b"-e"]);
         assert!(shebang(b"#").is_none());
+        assert!(head(Path::new("/proc/kmsg")).is_empty());
     }
 
     #[test]
