@@ -14,7 +14,12 @@ fn store(test: &str) -> Option<PathBuf> {
 
 /// Runs a script in Debian.
 fn debian(guests: &Path, store: &Path, script: &str) -> Ended {
-    let mut command = husk_with(guests, "micro", "384M", &["debian", "sh", "-euc", script]);
+    debian_with(guests, store, &[], script)
+}
+
+/// The same with flags.
+fn debian_with(guests: &Path, store: &Path, flags: &[&str], script: &str) -> Ended {
+    let mut command = husk_with(guests, "micro", "384M", &[flags, &["debian", "sh", "-euc", script]].concat());
     command.env("HUSK_DATA", store);
     finish(command, Vec::new())
 }
@@ -81,4 +86,18 @@ fn file_capabilities_are_applied() {
     command.env("HUSK_DATA", store);
     // CAP_CHOWN is the first capability.
     assert_eq!(finish(command, Vec::new()).expect(0).text(), "CapEff:\t0000000000000000\nCapEff:\t0000000000000001\n");
+}
+
+#[test]
+fn tar_and_a_compiler_work_in_a_shared_folder() {
+    let (guests, store) = debian!();
+    let dir = tempfile::tempdir().unwrap();
+    let script = r#"cd /work; mkdir tree; for n in 1 2 3; do mkdir tree/$n; for m in 1 2 3 4 5 6; do echo $n $m >tree/$n/$m; done; done
+        ln -s 3/6 tree/link; ln tree/3/6 tree/hard; chmod 750 tree/2; tar cf tree.tar tree; mkdir again; tar xf tree.tar -C again
+        diff -r tree again/tree && stat -c %a again/tree/2 && readlink again/tree/link && find again -type f | wc -l
+        mv again/tree moved; rm -r tree again; ls
+        printf 'int main(void) { return 42; }\n' >main.c; tcc -o main main.c; code=0; ./main || code=$?; echo $code"#;
+    let ended = debian_with(&guests, &store, &["-v", &format!("{}:/work", dir.path().display())], script);
+    assert_eq!(ended.expect(0).text(), "750\n3/6\n19\nmoved\ntree.tar\n42\n", "{}", ended.errors);
+    assert_eq!(std::fs::read_to_string(dir.path().join("moved/link")).unwrap(), "3 6\n");
 }
