@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::super::fixture::IMAGE;
 use super::super::report::{self, Isolation, Unavailable};
 use super::program::{Program, kvm};
-use super::{Contender, Fixture, Job, Launch, Unsupported, command, example_job, network, strings};
+use super::{Contender, Fixture, Job, Launch, Unsupported, WORKLOAD, command, example_job, network, strings};
 use crate::resources::guest_kernel::Choice;
 use crate::resources::programs;
 
@@ -77,7 +77,8 @@ impl Husk {
     /// Makes the warm image of such a machine.
     fn warm(&self, fixture: &Fixture, has_network: bool) -> Result<()> {
         let mut warm = Command::new(&fixture.husk);
-        warm.arg("warm").args(self.machine(fixture, has_network)).arg(IMAGE).env("HUSK_DATA", &fixture.store);
+        warm.arg("warm").args(self.machine(fixture, has_network)).args([IMAGE, WORKLOAD]);
+        warm.env("HUSK_DATA", &fixture.store);
         let output = warm.stdin(Stdio::null()).output().context("run husk warm")?;
         let words = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "husk warm: {}", words.trim());
