@@ -42,7 +42,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
         assert_eq!([&to, &to.join("there")].map(|dir| fs::metadata(dir).unwrap().mode() & 0o7777), [DIR_MODE; 2]);
         remove(&to);
         let mut archive = Vec::new();
-        if tar_write::receive(bytes, name.as_bytes(), &mut archive).is_ok() && !bytes.is_empty() && archive.len() > 1024 {
+        if tar_write::receive(bytes, name.as_bytes(), tar_write::Content::Files, &mut archive).is_ok() && !bytes.is_empty() && archive.len() > 1024 {
             let first = archive.iter().position(|byte| matches!(byte, 0 | b'/')).expect("a name ends");
             assert!(archive.starts_with(b"pax\0") || &archive[..first] == name.as_bytes(), "another name in the archive");
         }

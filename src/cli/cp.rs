@@ -1,7 +1,7 @@
-//! `husk cp`: copies files into and out of a running machine.
+//! `husk cp`: copies files into and out of a machine.
 
 use std::ffi::OsString;
-use std::io::{self, BufReader, BufWriter, IsTerminal, Read};
+use std::io::{self, BufReader, BufWriter, IsTerminal};
 use std::net::Shutdown;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -10,17 +10,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use husk_protocol::tree::{self, Copied, Terms};
-use husk_protocol::{
-    COPY_FROM, COPY_FROM_BEHIND_LINK, COPY_TO, COPY_TO_KEEPING_OWNERS, INIT_PROGRAM, Process, Role, ToHost,
-};
+use husk_protocol::{COPY_FROM, COPY_FROM_BEHIND_LINK, COPY_TO, COPY_TO_KEEPING_OWNERS, Role};
 use indicatif::HumanBytes;
 
-use super::exec;
 use super::exit::Exit;
-use crate::guest::exec as guest;
+use super::reach::Reached;
+use super::transfer;
+use crate::image::tar_write::Content;
 use crate::image::{Progress, tar_copy, tar_write};
-use crate::sandbox;
-use crate::state_dir::{self, StateDir};
+use crate::state_dir;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -32,6 +30,7 @@ Examples:
   husk cp web:/var/log - | tar t    (write a tar archive)
   tar c . | husk cp - web:/srv      (extract a tar archive)
 
+A stopped machine is copied from and to without starting its command, but its volumes are not there.
 Exactly one of the two paths must be in a machine. In a directory, devices, pipes, sockets and what cannot be read are
 skipped with a warning. Files copied from a machine are named after the requested path, and modes and owners of existing
 directories are not changed.";
@@ -93,7 +92,8 @@ impl Cp {
         );
         let mut out = BufWriter::new(io::stdout().lock());
         let (called, _) = base_name(path);
-        let copied = self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), &mut out));
+        let copied =
+            self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), Content::Files, &mut out));
         // The reader has closed the pipe because it needs no more.
         let is_enough = |error: &anyhow::Error| {
             error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
@@ -114,8 +114,9 @@ impl Cp {
         take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
     ) -> Result<Copied> {
         let word = if self.follow_link { COPY_FROM_BEHIND_LINK } else { COPY_FROM };
-        let process = start_copy(name, word, path, false)?;
-        receive_from(process, take).with_context(|| format!("copy {path} from {name}"))
+        let machine = Reached::find(name)?;
+        let process = transfer::start(machine.entry(), word, path, false)?;
+        transfer::receive_from(process, take).with_context(|| format!("copy {path} from {name}"))
     }
 
     fn copy_to(&self, name: &str, path: &str) -> Result<Copied> {
@@ -127,11 +128,12 @@ impl Cp {
         );
         ensure!(as_tar || from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
         let word = if self.archive { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
-        let mut process = start_copy(name, word, path, true)?;
+        let machine = Reached::find(name)?;
+        let mut process = transfer::start(machine.entry(), word, path, true)?;
         let stream = process.take(Role::Stdin)?;
         // Other output is discarded.
         let _output = process.take(Role::Stdout)?;
-        let errors = collect_stderr(&mut process)?;
+        let errors = transfer::collect_stderr(&mut process)?;
         let bar = Progress::on_terminal().count("copy");
         let mut out = BufWriter::new(&stream);
         let sent = match as_tar {
@@ -144,8 +146,9 @@ impl Cp {
         let _ = stream.shutdown(Shutdown::Write);
         drop(bar);
         // If the other side has failed, it reports the reason.
-        let ended = finish(process, errors).with_context(|| format!("copy to {path} in {name}"));
-        ended.and_then(|()| sent.with_context(|| format!("copy {}", from.display())))
+        let ended = transfer::finish(process, errors).with_context(|| format!("copy to {path} in {name}"));
+        let written = machine.release();
+        ended.and(written).and_then(|()| sent.with_context(|| format!("copy {}", from.display())))
     }
 }
 
@@ -170,67 +173,18 @@ fn split_machine(text: &str) -> Option<(&str, &str)> {
     state_dir::names::check(name).is_ok().then_some((name, path))
 }
 
-fn start_copy(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Connections> {
-    let entry = StateDir::open()?.find(name)?;
-    exec::inherited(&entry)?;
-    ensure!(!path.is_empty(), "no path given after {name}:");
-    let args = [INIT_PROGRAM, word, path].map(|word| word.as_bytes().to_vec()).to_vec();
-    let process = Process { args, user: "0:0".into(), stdin, ..Process::default() };
-    guest::request_start(&entry.file(state_dir::VSOCK), &process)?.connect()
-}
-
-/// Calls `take` with the output of `process`, and waits for its exit.
-fn receive_from(
-    mut process: guest::Connections,
-    take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
-) -> Result<Copied> {
-    let stream = process.take(Role::Stdout)?;
-    let errors = collect_stderr(&mut process)?;
-    let copied = take(&mut BufReader::new(stream))?;
-    finish(process, errors)?;
-    Ok(copied)
-}
-
-type Errors = std::thread::JoinHandle<String>;
-
-/// Collects the error messages of the other side.
-fn collect_stderr(process: &mut guest::Connections) -> Result<Errors> {
-    const MAX_BYTES: u64 = 64 << 10;
-    let stream = process.take(Role::Stderr)?;
-    let read = move || {
-        let mut bytes = Vec::new();
-        let _ = stream.take(MAX_BYTES).read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    sandbox::spawn("stderr", read).context("start a thread")
-}
-
-/// Waits for the other side's exit, and fails if it was not successful.
-fn finish(process: guest::Connections, errors: Errors) -> Result<()> {
-    let end = process.end()?;
-    let messages = errors.join().unwrap_or_default();
-    match end {
-        ToHost::Exited(0) => {
-            messages.lines().for_each(|line| log::warn!("{line}"));
-            Ok(())
-        }
-        ToHost::Failed { message, .. } => bail!(message),
-        _ if messages.trim().is_empty() => bail!("the copy failed in the guest"),
-        _ => bail!(messages.trim().to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixListener;
     use std::thread;
 
     use husk_protocol::tree::{About, Entry};
-    use husk_protocol::{HELLO_BYTES, Hello, frame};
+    use husk_protocol::{HELLO_BYTES, Hello, Process, ToHost, frame};
 
     use super::*;
+    use crate::guest::exec as guest;
 
     const ABOUT: About = About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
 
@@ -267,7 +221,7 @@ mod tests {
         let to = place.join("to");
         fs::create_dir_all(&to)?;
         let terms = Terms { name: Some("asked".into()), ..Terms::default() };
-        let copied = receive_from(connections, |stream| Ok(tree::receive(stream, &to, terms, &mut |_| {})?));
+        let copied = transfer::receive_from(connections, |stream| Ok(tree::receive(stream, &to, terms, &mut |_| {})?));
         guest.join().unwrap();
         copied
     }

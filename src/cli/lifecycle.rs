@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-pub use self::launch::{become_stopped, check_restartable, spawn_detached, start_stopped};
+pub use self::launch::{become_stopped, check_restartable, spawn, spawn_detached, start_stopped};
 pub use self::restart::RestartPolicy;
 use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;

@@ -9,11 +9,13 @@ mod connect;
 pub mod cp;
 mod cpus;
 pub mod create;
+pub mod diff;
 pub mod disks;
 pub mod doctor;
 mod events;
 pub mod exec;
 pub mod exit;
+pub mod export;
 mod filter;
 pub mod generate;
 pub mod groups;
@@ -46,6 +48,7 @@ pub mod prune;
 pub mod ps;
 pub mod pull;
 pub mod push;
+mod reach;
 pub mod rename;
 pub mod restore;
 pub mod rm;
@@ -63,6 +66,7 @@ pub mod system;
 pub mod tag;
 mod time;
 mod top;
+mod transfer;
 pub mod update;
 mod usage;
 mod volume;
@@ -126,6 +130,10 @@ enum Command {
     Exec(exec::Exec),
     /// Copy files between a machine and the local filesystem
     Cp(cp::Cp),
+    /// List what a machine has changed in its root filesystem
+    Diff(diff::Diff),
+    /// Write the root filesystem of a machine as a tar archive
+    Export(export::Export),
     /// Attach this terminal to a machine running in the background
     Attach(attach::Attach),
     /// Display resource usage statistics
@@ -248,6 +256,8 @@ impl Cli {
             Command::Logs(logs) => logs.run(),
             Command::Exec(exec) => Ok(exec.run()),
             Command::Cp(cp) => cp.run(),
+            Command::Diff(diff) => diff.run(),
+            Command::Export(export) => export.run(),
             Command::Attach(attach) => attach.run(),
             Command::Stats(stats) => stats.run(),
             Command::Top(top) => top.run(),

@@ -38,7 +38,7 @@ use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::{self, Source};
 use crate::snapshot::{Snapshot, warm};
 use crate::state_dir::record::Inherited;
-use crate::state_dir::{self, LAYER, MachineDir};
+use crate::state_dir::{self, LAYER, MachineDir, MachineEntry, StateDir};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
 use crate::sys::SignalFd;
 use crate::timings::{Step, Timings};
@@ -181,6 +181,10 @@ pub(super) struct Run {
     #[arg(long)]
     timings: bool,
 
+    /// The ID of a stopped machine, whose image and changes this one has, to reach its files
+    #[arg(long, hide = true)]
+    files_of: Option<String>,
+
     /// Whether the machine is created, and not started (`husk create`).
     #[arg(skip)]
     pub(super) only_creates: bool,
@@ -235,7 +239,11 @@ impl Run {
             command.remove(0);
         }
         self.lifecycle.check_cidfile()?;
-        let pinned = self.lifecycle.earlier_image()?;
+        let lender = self.files_of.as_ref().map(|id| StateDir::open()?.find(id)).transpose()?;
+        let pinned = match &lender {
+            Some(lender) => lender.record()?.image_id.clone(),
+            None => self.lifecycle.earlier_image()?,
+        };
         let root_fs = self.machine.root_fs(Path::new(&image), pinned.as_deref())?;
         let Some(mut root_fs) = root_fs else { return Ok(Exit::NotRun) };
         if matches!(root_fs, RootFs::Disk { .. }) && (self.scratch.is_some() || self.keep.is_some()) {
@@ -248,14 +256,15 @@ impl Run {
         if self.lifecycle.stays() {
             dir.stay()?;
         }
-        let image_id = self.prepare_layer(&mut root_fs, &dir, pinned.as_deref())?;
+        let layer = lender.as_ref().map_or_else(|| self.own_layer(&dir), MachineEntry::kept);
+        let image_id = self.prepare_layer(&mut root_fs, layer, pinned.as_deref())?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let is_hostname_chosen = self.hostname.is_some();
         let machine = Machine {
             dir: &dir,
             is_kept: self.lifecycle.stays(),
             is_again: self.lifecycle.is_again(),
-            volumes: &self.volumes_of(&root_fs),
+            volumes: &if lender.is_some() { Vec::new() } else { self.volumes_of(&root_fs) },
         };
         let Mounted { shares, volumes, records, locks: _locks } =
             place::open(mounts, inherited, &mut self.tmpfs, &machine)?;
@@ -298,9 +307,20 @@ impl Run {
         Ok(exit)
     }
 
-    /// Gives an image the writable layer of the machine with the directory `dir`, which had the image `pinned` before. Returns the
-    /// identity of the image.
-    fn prepare_layer(&self, root_fs: &mut RootFs, dir: &MachineDir, pinned: Option<&str>) -> Result<Option<String>> {
+    /// Where the writable layer of the machine is, if it stays and has one of its own.
+    fn own_layer(&self, dir: &MachineDir) -> Option<PathBuf> {
+        let has_one = self.lifecycle.stays() && self.from.is_none() && !self.machine.read_only;
+        dir.kept().filter(|_| has_one).map(Path::to_owned)
+    }
+
+    /// Gives an image, which must be `pinned` if that is given, its writable layer, the one in the directory `layer` if the machine
+    /// stays. Returns the identity of the image.
+    fn prepare_layer(
+        &self,
+        root_fs: &mut RootFs,
+        layer: Option<PathBuf>,
+        pinned: Option<&str>,
+    ) -> Result<Option<String>> {
         let RootFs::Image { identity, writable, root, .. } = root_fs else { return Ok(None) };
         let id = identity.map(|byte| format!("{byte:02x}")).concat();
         ensure!(
@@ -308,17 +328,16 @@ impl Run {
             "{} is another image than the one that the machine has changed: remove the machine with `husk rm`",
             root.display()
         );
-        *writable = self.writable_layer(*identity, dir)?;
+        *writable = self.writable_layer(*identity, layer)?;
         Ok(Some(id))
     }
 
     /// The writable layer for the image `identity`.
-    fn writable_layer(&self, identity: [u8; 16], dir: &MachineDir) -> Result<WritableLayer> {
+    fn writable_layer(&self, identity: [u8; 16], layer: Option<PathBuf>) -> Result<WritableLayer> {
         let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
-        let kept = dir.kept().filter(|_| self.lifecycle.stays() && self.from.is_none() && !self.machine.read_only);
-        Ok(match (&self.keep, kept) {
+        Ok(match (&self.keep, layer) {
             (Some(name), _) => WritableLayer::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
-            (None, Some(kept)) => WritableLayer::Disk(scratch::of_machine(&kept.join(LAYER), size_bytes, identity)?),
+            (None, Some(dir)) => WritableLayer::Disk(scratch::of_machine(&dir.join(LAYER), size_bytes, identity)?),
             (None, None) if self.scratch.is_some() => {
                 // A restarted guest finds the data that its predecessor left.
                 let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };

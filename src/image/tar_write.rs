@@ -1,4 +1,4 @@
-//! Writes tar archives, above all of a stream from `husk cp`: in ustar format, with pax extended headers for names and numbers
+//! Writes tar archives, above all of a stream from `husk cp`, `export` or `commit`: in ustar format, with pax extended headers for names and numbers
 //! that do not fit (POSIX.1-2017, pax, "pax Interchange Format").
 //!
 //! The archive is created on the host and not in the guest, so that it contains only the requested name.
@@ -6,7 +6,7 @@
 use std::io::{self, Read, Write};
 
 use anyhow::{Context, Result, ensure};
-use husk_protocol::tree::{About, Copied, Entries, Entry};
+use husk_protocol::tree::{About, Copied, Entries, Entry, Special};
 
 use super::tar::shown;
 
@@ -18,35 +18,73 @@ const NAME_MAX_BYTES: usize = 100;
 const OWNER_MAX: u64 = 0o7_777_777;
 const NUMBER_MAX: u64 = 0o77_777_777_777;
 
+/// The marks of an image's layer (OCI image specification, layer.md): a file or directory that is gone, and a directory that hides the one
+/// below.
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// What an archive is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Files that a user has asked for.
+    Files,
+    /// A root file system.
+    Root,
+    /// The changes of one, as a layer of an image.
+    Layer,
+}
+
 /// Writes an archive of the guest's stream to `out` under the name `name`; `.` stands for a directory's contents.
-pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Copied> {
+pub fn receive(input: impl Read, name: &[u8], content: Content, out: &mut impl Write) -> Result<Copied> {
     let mut entries = Entries::new(input, false);
     let mut copied = Copied::default();
     // The path of the current directory with a trailing slash, and its length before each nested directory.
     let (mut path, mut outer) = (Vec::new(), Vec::new());
     while let Some(entry) = entries.next_entry()? {
         let Some(own) = entry.name() else {
-            path.truncate(outer.pop().unwrap_or(0));
+            match entry {
+                Entry::Leave => path.truncate(outer.pop().unwrap_or(0)),
+                Entry::InImage if content == Content::Layer => {}
+                Entry::Opaque if content == Content::Layer => mark(&[&path, OPAQUE].concat(), out)?,
+                _ => anyhow::bail!("the guest sent invalid data"),
+            }
             continue;
         };
+        ensure!(
+            content != Content::Layer || !own.starts_with(WHITEOUT),
+            "{}: a layer cannot contain a file of this name",
+            shown(&[&path, own].concat())
+        );
         let outside_bytes = path.len();
         path.extend_from_slice(if outer.is_empty() { name } else { own });
         ensure!(name != b"." || entry.is_dir() || !outer.is_empty(), "the guest did not send a directory");
         match &entry {
             Entry::Directory(_, about) => {
                 path.push(b'/');
-                head(b'5', &path, b"", 0, about, out)?;
+                head(Type::of(b'5'), &path, b"", 0, about, out)?;
+                // The names in a root file system do not begin with `./`.
+                if outer.is_empty() && content != Content::Files {
+                    path.clear();
+                }
                 outer.push(outside_bytes);
             }
             Entry::File(_, about, size_bytes) => {
-                head(b'0', &path, b"", *size_bytes, about, out)?;
-                content(&mut entries, *size_bytes, out).with_context(|| shown(&path))?;
+                head(Type::of(b'0'), &path, b"", *size_bytes, about, out)?;
+                copy_content(&mut entries, *size_bytes, out).with_context(|| shown(&path))?;
                 copied.bytes += size_bytes;
                 path.truncate(outside_bytes);
             }
             Entry::Link(_, target, about) => {
-                head(b'2', &path, target, 0, about, out)?;
+                head(Type::of(b'2'), &path, target, 0, about, out)?;
                 path.truncate(outside_bytes);
+            }
+            Entry::Special(_, special, about) if content != Content::Files => {
+                head(Type::from(*special), &path, b"", 0, about, out)?;
+                path.truncate(outside_bytes);
+            }
+            Entry::Gone(name) if content == Content::Layer && !outer.is_empty() => {
+                path.truncate(outside_bytes);
+                mark(&[&path, WHITEOUT, name].concat(), out)?;
             }
             _ => anyhow::bail!("the guest sent invalid data"),
         }
@@ -59,7 +97,7 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
 /// Writes a file of `size_bytes` that anybody can read, from 1970. Fails if `content` is shorter.
 pub fn file(name: &str, size_bytes: u64, content: impl Read, out: &mut impl Write) -> Result<()> {
     let about = About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
-    head(b'0', name.as_bytes(), b"", size_bytes, &about, out)?;
+    head(Type::of(b'0'), name.as_bytes(), b"", size_bytes, &about, out)?;
     let copied_bytes = io::copy(&mut content.take(size_bytes), out)?;
     ensure!(copied_bytes == size_bytes, "{name} is shorter than {size_bytes} bytes");
     let rest_bytes = size_bytes.wrapping_neg() % RECORD_BYTES as u64;
@@ -75,7 +113,7 @@ pub fn end(out: &mut impl Write) -> io::Result<()> {
 
 /// Writes a file's content with its initial size: data appended since is omitted. A truncated file is an error, because
 /// the missing part could be arbitrarily large.
-fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Write) -> Result<()> {
+fn copy_content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Write) -> Result<()> {
     let mut missing_bytes = size_bytes;
     entries.content(|piece| {
         let wanted = usize::try_from(missing_bytes).unwrap_or(usize::MAX).min(piece.len());
@@ -88,8 +126,36 @@ fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Wri
     Ok(())
 }
 
+/// Writes a mark of a layer, an empty file.
+fn mark(name: &[u8], out: &mut impl Write) -> io::Result<()> {
+    head(Type::of(b'0'), name, b"", 0, &About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 }, out)
+}
+
+/// The type of an entry, and the numbers of a device.
+#[derive(Clone, Copy)]
+struct Type {
+    flag: u8,
+    device: [u32; 2],
+}
+
+impl Type {
+    fn of(flag: u8) -> Type {
+        Type { flag, device: [0; 2] }
+    }
+}
+
+impl From<Special> for Type {
+    fn from(special: Special) -> Type {
+        match special {
+            Special::Character(major, minor) => Type { flag: b'3', device: [major, minor] },
+            Special::Block(major, minor) => Type { flag: b'4', device: [major, minor] },
+            Special::Pipe => Type::of(b'6'),
+        }
+    }
+}
+
 /// Writes the headers of an entry.
-fn head(kind: u8, name: &[u8], link: &[u8], size_bytes: u64, of: &About, out: &mut impl Write) -> io::Result<()> {
+fn head(kind: Type, name: &[u8], link: &[u8], size_bytes: u64, of: &About, out: &mut impl Write) -> io::Result<()> {
     let mut extended = Vec::new();
     for (keyword, value) in [("path", name), ("linkpath", link)] {
         if value.len() > NAME_MAX_BYTES {
@@ -107,7 +173,7 @@ fn head(kind: u8, name: &[u8], link: &[u8], size_bytes: u64, of: &About, out: &m
     }
     if !extended.is_empty() {
         let len_bytes = extended.len();
-        out.write_all(&header(b'x', b"pax", b"", len_bytes as u64, 0o644, [0, 0], 0))?;
+        out.write_all(&header(Type::of(b'x'), b"pax", b"", len_bytes as u64, 0o644, [0, 0], 0))?;
         extended.resize(len_bytes.next_multiple_of(RECORD_BYTES), 0);
         out.write_all(&extended)?;
     }
@@ -129,7 +195,7 @@ fn extend(extended: &mut Vec<u8>, keyword: &str, value: &[u8]) {
 
 /// A ustar header, with names and numbers truncated if necessary.
 fn header(
-    kind: u8,
+    kind: Type,
     name: &[u8],
     link: &[u8],
     size_bytes: u64,
@@ -151,9 +217,11 @@ fn header(
         (124, octal(size_bytes, NUMBER_MAX, 11)),
         (136, octal(mtime_s, NUMBER_MAX, 11)),
         (148, b"        ".to_vec()),
-        (156, vec![kind]),
+        (156, vec![kind.flag]),
         (157, link.get(..NAME_MAX_BYTES).unwrap_or(link).to_vec()),
         (257, b"ustar\x0000".to_vec()),
+        (329, octal(kind.device[0].into(), OWNER_MAX, 7)),
+        (337, octal(kind.device[1].into(), OWNER_MAX, 7)),
     ] {
         if let Some(place) = header.get_mut(at..at + field.len()) {
             place.copy_from_slice(&field);
@@ -193,7 +261,7 @@ mod tests {
 
     fn archived(stream: &[u8], name: &str) -> Result<Vec<u8>> {
         let mut archive = Vec::new();
-        receive(stream, name.as_bytes(), &mut archive)?;
+        receive(stream, name.as_bytes(), Content::Files, &mut archive)?;
         Ok(archive)
     }
 
@@ -253,6 +321,52 @@ mod tests {
     }
 
     #[test]
+    fn changes_become_a_layer_and_a_root_a_whole_archive() {
+        let about = About { mode: 0o644, uid: 7, gid: 8, mtime_s: 0, mtime_ns: 0 };
+        let dir = |name: &[u8]| Entry::Directory(name.to_vec(), about);
+        let pipe = Entry::Special(b"pipe".to_vec(), Special::Pipe, about);
+        let null = Entry::Special(b"null".to_vec(), Special::Character(1, 3), about);
+        let changes = [
+            dir(b"."),
+            Entry::InImage,
+            dir(b"etc"),
+            Entry::Opaque,
+            Entry::Gone(b"group".to_vec()),
+            null.clone(),
+            pipe.clone(),
+            Entry::Leave,
+            Entry::Leave,
+            Entry::End,
+        ];
+        let archive = |entries: &[Entry], content| {
+            let mut out = Writer::new(Vec::new());
+            entries.iter().for_each(|entry| out.say(entry).unwrap());
+            let mut archive = Vec::new();
+            receive(out.into_inner().as_slice(), b".", content, &mut archive).map(|_| archive)
+        };
+        let list = |archive: &[u8]| {
+            let mut tar =
+                Command::new("tar").args(["-t", "-v"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            tar.stdin.take().unwrap().write_all(archive).unwrap();
+            String::from_utf8(tar.wait_with_output().unwrap().stdout).unwrap()
+        };
+        let listed = list(&archive(&changes, Content::Layer).unwrap());
+        let names: Vec<&str> = listed.lines().filter_map(|line| line.split(' ').next_back()).collect();
+        assert_eq!(names, ["./", "etc/", "etc/.wh..wh..opq", "etc/.wh.group", "etc/null", "etc/pipe"], "{listed}");
+        assert!(
+            listed.contains("crw-r--r-- 7/8") && listed.contains("1,3") && listed.contains("prw-r--r--"),
+            "{listed}"
+        );
+        for content in [Content::Files, Content::Root] {
+            assert!(archive(&changes, content).is_err(), "{content:?}");
+        }
+        let root = [dir(b"."), null, pipe, Entry::Leave, Entry::End];
+        assert!(archive(&root, Content::Root).is_ok() && archive(&root, Content::Files).is_err());
+        let hostile = [dir(b"."), dir(b".wh.x"), Entry::Leave, Entry::Leave, Entry::End];
+        assert!(archive(&hostile, Content::Layer).unwrap_err().to_string().contains("of this name"));
+    }
+
+    #[test]
     fn files_of_proc_and_sys_have_their_actual_content() {
         for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
             let Ok(content) = fs::read(path) else { continue };
@@ -277,7 +391,7 @@ mod tests {
     fn large_numbers_use_an_extended_header() {
         let mut out = Vec::new();
         let of = About::from(&fs::metadata("/proc/self/exe").unwrap());
-        head(b'0', b"big", b"", NUMBER_MAX + 1, &of, &mut out).unwrap();
+        head(Type::of(b'0'), b"big", b"", NUMBER_MAX + 1, &of, &mut out).unwrap();
         assert!(out.starts_with(b"pax\0") && out.windows(20).any(|bytes| bytes == b"size=8589934592\n\0\0\0\0"));
     }
 }

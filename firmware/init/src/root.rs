@@ -16,6 +16,10 @@ use crate::{report, sys};
 
 /// The mount point in the initramfs.
 pub const NEW_ROOT: &str = "/root";
+/// The descriptor of the overlay's upper directory, which nothing leads to any more when the root was entered.
+pub const UPPER_FD: i32 = 100;
+/// That of the image.
+pub const IMAGE_FD: i32 = 101;
 const IMAGE: &str = "/image";
 const OVERLAY: &str = "/overlay";
 /// How long to wait for a driver to probe its device.
@@ -87,6 +91,9 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
     make_upper()?;
     let options = format!("lowerdir={IMAGE},upperdir={OVERLAY}/upper,workdir={OVERLAY}/work");
     mount_at("overlay", NEW_ROOT, MsFlags::empty(), &options)?;
+    for (dir, fd) in [(format!("{OVERLAY}/upper"), UPPER_FD), (IMAGE.to_owned(), IMAGE_FD)] {
+        sys::hold(&dir, fd).context(format_args!("open {dir}"))?;
+    }
     Ok(kept)
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use husk_protocol::{Limit, WindowSize};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{SockFlag, accept4};
 use nix::unistd::{ForkResult, Pid};
@@ -26,6 +27,14 @@ pub fn allow_ports(first: u16, count: u16) -> io::Result<()> {
 pub fn write_port(port: u16, value: u8) {
     // SAFETY: the permitted ports belong to the VMM's devices, which access no memory of this process.
     unsafe { std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) }
+}
+
+/// Opens a directory as the descriptor `fd`, which must be free, for as long as this process lives.
+pub fn hold(dir: &str, fd: i32) -> io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let opened = nix::fcntl::open(dir, flags, nix::sys::stat::Mode::empty())?;
+    // SAFETY: the call accesses no memory, and `fd` is nobody's.
+    check(unsafe { libc::dup3(opened.as_raw_fd(), fd, libc::O_CLOEXEC) })
 }
 
 /// fork(2).

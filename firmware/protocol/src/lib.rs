@@ -42,11 +42,19 @@ pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 /// Prints a line for each process, with tabs between user, PID, PID of the parent, CPU time in hundredths of a second, start in
 /// seconds since 1970, terminal and command.
 pub const LIST_PROCESSES: &str = "list-processes";
+/// Sends the whole root file system to standard output with [`tree::send_root`]. The path has no meaning.
+pub const COPY_ROOT: &str = "copy-root";
+/// Sends what has changed in it since the image, with [`tree::send_changes`].
+pub const COPY_CHANGES: &str = "copy-changes";
+/// The same without the content of files.
+pub const LIST_CHANGES: &str = "list-changes";
+/// Waits until it is terminated: the process of a machine that was started for its files only.
+pub const IDLE: &str = "idle";
 /// The session of the machine's main process.
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 /// The maximum number of bytes of a stream that are on their way: written by the guest, and not yet in the host's socket.
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).

@@ -25,6 +25,14 @@ pub fn spawn_detached() -> Result<Exit> {
     }
 }
 
+/// Starts a machine in the background with `words`, which say that, and returns its ID; `None` if it has failed and reported why.
+pub fn spawn(command: Command, words: &[OsString]) -> Result<Option<String>> {
+    Ok(match launch(command, words, None)? {
+        Launched::Running(id) => Some(id),
+        Launched::Failed(_) => None,
+    })
+}
+
 /// Starts a stopped machine in the background, as it was started before, or where it was suspended. That process prints its own errors.
 pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
     let (command, words) = command_of(entry)?;

@@ -1,4 +1,4 @@
-//! The stream format of `husk cp` for files and directories.
+//! The stream format of `husk cp`, `export`, `diff` and `commit` for files and directories.
 //!
 //! Entries are frames in traversal order; those within a directory are between its own entry and a `Leave`, and a
 //! file's content follows it in pieces. [`send()`] generates them, [`Entries`] reads and validates them, and
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use entries::Entries;
 pub use receive::{Terms, receive};
-pub use send::send;
+pub use send::{send, send_changes, send_root};
 
 use crate::frame::{self, Message};
 
@@ -49,6 +49,14 @@ pub enum Entry {
     Enter(Vec<u8>),
     /// A hard link to a file in the stream, by its path below the first directory. Only from the host to a machine.
     Same(Vec<u8>, Vec<Vec<u8>>),
+    /// A device or a pipe. Only of a [whole](send_root) file system, or of its [changes](send_changes).
+    Special(Vec<u8>, Special, About),
+    /// Of the changes: a file or directory of the image that is gone.
+    Gone(Vec<u8>),
+    /// Of the changes: the directory has nothing of the image's that is not in the stream. The first in it.
+    Opaque,
+    /// Of the changes: the next entry is in the image as well.
+    InImage,
     /// The end of a directory.
     Leave,
     /// The sender failed, for this reason.
@@ -66,7 +74,7 @@ impl Entry {
     pub fn name(&self) -> Option<&[u8]> {
         match self {
             Entry::Directory(name, _) | Entry::File(name, ..) | Entry::Link(name, ..) => Some(name),
-            Entry::Enter(name) | Entry::Same(name, _) => Some(name),
+            Entry::Enter(name) | Entry::Same(name, _) | Entry::Special(name, ..) | Entry::Gone(name) => Some(name),
             _ => None,
         }
     }
@@ -75,6 +83,17 @@ impl Entry {
     pub fn is_dir(&self) -> bool {
         matches!(self, Entry::Directory(..) | Entry::Enter(_))
     }
+}
+
+/// A kind of special file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Special {
+    /// A character device, by its major and minor number.
+    Character(u32, u32),
+    /// A block device, likewise.
+    Block(u32, u32),
+    /// A named pipe.
+    Pipe,
 }
 
 /// The metadata of a file.

@@ -1,15 +1,15 @@
 //! Generates the stream for files and directories.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags, lgetxattr, major, minor, statx};
 
-use super::{About, Copied, DEPTH_MAX, Entry, NOT_COPIED, PIECE_BYTES, Writer, about, failure, words};
+use super::{About, Copied, DEPTH_MAX, Entry, NOT_COPIED, PIECE_BYTES, Special, Writer, about, failure, words};
 
 /// The maximum size of a file that does not report its size.
 const UNTOLD_MAX_BYTES: u64 = 64 << 20;
@@ -17,18 +17,38 @@ const UNTOLD_MAX_BYTES: u64 = 64 << 20;
 /// Sends the file or directory at `path`; with `follow`, a link at `path` is followed. A path that ends in `/.` means
 /// the contents of the directory. Errors are also reported to the receiver.
 pub fn send(path: &Path, follow: bool, out: &mut impl Write, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
-    let mut sender = Sender { out: Writer::new(out), copied: Copied::default(), progress };
-    let sent = top_name(path).and_then(|name| {
-        let follow = follow || name == ".";
-        sender.walk(path, name.as_bytes(), follow, 0)
-    });
-    let last = match &sent {
-        Ok(()) => Entry::End,
-        Err(error) => Entry::Failed(error.to_string().chars().take(1024).collect()),
-    };
-    sender.out.say(&last)?;
-    sender.out.flush()?;
-    sent.map(|()| sender.copied)
+    let sender = Sender { out: Writer::new(out), copied: Copied::default(), progress, what: What::Files };
+    let name = top_name(path);
+    let follow = follow || name.as_ref().is_ok_and(|name| name == ".");
+    sender.send(path, name, follow)
+}
+
+/// Sends the contents of the root directory `path` with devices and pipes, without what is mounted in it.
+pub fn send_root(path: &Path, out: &mut impl Write) -> io::Result<Copied> {
+    let what = What::Root { mount: mount_of(path)? };
+    let sender = Sender { out: Writer::new(out), copied: Copied::default(), progress: &mut |_| {}, what };
+    sender.send(&path.join("."), Ok(".".into()), true)
+}
+
+/// Sends the contents of `upper`, the upper directory of an overlay over `image`, with what it says of files that are gone. Without
+/// `contents`, files are empty.
+pub fn send_changes(upper: &Path, image: &Path, contents: bool, out: &mut impl Write) -> io::Result<Copied> {
+    let what = What::Changes { image: image.to_owned(), contents };
+    let sender = Sender { out: Writer::new(out), copied: Copied::default(), progress: &mut |_| {}, what };
+    sender.send(&upper.join("."), Ok(".".into()), true)
+}
+
+impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
+    fn send(mut self, path: &Path, name: io::Result<OsString>, follow: bool) -> io::Result<Copied> {
+        let sent = name.and_then(|name| self.walk(path, name.as_bytes(), follow, 0));
+        let last = match &sent {
+            Ok(()) => Entry::End,
+            Err(error) => Entry::Failed(error.to_string().chars().take(1024).collect()),
+        };
+        self.out.say(&last)?;
+        self.out.flush()?;
+        sent.map(|()| self.copied)
+    }
 }
 
 fn top_name(path: &Path) -> io::Result<OsString> {
@@ -48,7 +68,21 @@ struct Sender<'a, W, P> {
     out: Writer<&'a mut W>,
     copied: Copied,
     progress: &'a mut P,
+    what: What,
 }
+
+/// What is sent.
+enum What {
+    /// Files, directories and links.
+    Files,
+    /// Everything on this mount.
+    Root { mount: Option<u64> },
+    /// The upper directory of an overlay.
+    Changes { image: PathBuf, contents: bool },
+}
+
+/// What husk's init has made in a root file system, as far as it is not mounted there.
+const MADE_BY_INIT: [&str; 6] = ["dev", "etc/hostname", "etc/hosts", "etc/resolv.conf", "proc", "sys"];
 
 impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     fn walk(&mut self, path: &Path, name: &[u8], follow: bool, depth: usize) -> io::Result<()> {
@@ -61,8 +95,9 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         let kind = metadata.file_type();
         let name = name.to_vec();
         if !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
-            return self.skip_special(path, depth);
+            return self.special(path, name, &metadata, depth);
         }
+        self.say_if_in_image(path, depth)?;
         if kind.is_symlink() {
             let target = match fs::read_link(path) {
                 Err(error) => return self.skip(path, depth, "read", &error),
@@ -79,6 +114,9 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         }
         self.copied.entries += 1;
         self.out.say(&Entry::Directory(name, About::from(&metadata)))?;
+        if self.is_opaque(path) {
+            self.out.say(&Entry::Opaque)?;
+        }
         let names = fs::read_dir(path).and_then(|entries| {
             entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<Vec<_>>>()
         });
@@ -92,9 +130,65 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         // Required by the receiver.
         names.sort();
         for name in names {
-            self.walk(&path.join(&name), name.as_bytes(), false, depth + 1)?;
+            let inner = path.join(&name);
+            if !self.is_left_out(&inner) {
+                self.walk(&inner, name.as_bytes(), false, depth + 1)?;
+            }
         }
         self.out.say(&Entry::Leave)
+    }
+
+    /// Whether something in the directory that is sent is not part of it.
+    fn is_left_out(&self, path: &Path) -> bool {
+        match &self.what {
+            What::Files => false,
+            What::Root { mount } => mount_of(path).is_ok_and(|found| found != *mount),
+            What::Changes { image, .. } => {
+                let Some(inner) = inner(path) else { return false };
+                // A directory that has changed because of that only has not changed.
+                let is_made = |inner: &Path| MADE_BY_INIT.iter().any(|made| inner == Path::new(made));
+                let only_made = || {
+                    let names = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.file_name());
+                    let mut names = names.peekable();
+                    names.peek().is_some() && names.all(|name| is_made(&inner.join(name)))
+                };
+                is_made(inner) || inner == Path::new("etc") && image.join(inner).is_dir() && only_made()
+            }
+        }
+    }
+
+    fn say_if_in_image(&mut self, path: &Path, depth: usize) -> io::Result<()> {
+        let What::Changes { image, .. } = &self.what else { return Ok(()) };
+        let is_there = depth > 0 && inner(path).is_some_and(|inner| image.join(inner).symlink_metadata().is_ok());
+        if is_there { self.out.say(&Entry::InImage) } else { Ok(()) }
+    }
+
+    /// Whether a directory hides that of the image (Documentation/filesystems/overlayfs.rst).
+    fn is_opaque(&self, path: &Path) -> bool {
+        let mut value = [0; 1];
+        matches!(self.what, What::Changes { .. })
+            && lgetxattr(path, "trusted.overlay.opaque", &mut value) == Ok(1)
+            && value == *b"y"
+    }
+
+    /// Sends a special file, or skips it.
+    fn special(&mut self, path: &Path, name: Vec<u8>, metadata: &Metadata, depth: usize) -> io::Result<()> {
+        let (kind, device) = (metadata.file_type(), metadata.rdev());
+        if matches!(self.what, What::Changes { .. }) && kind.is_char_device() && device == 0 {
+            return self.out.say(&Entry::Gone(name));
+        }
+        let special = match &self.what {
+            What::Files => None,
+            _ if kind.is_char_device() => Some(Special::Character(major(device), minor(device))),
+            _ if kind.is_block_device() => Some(Special::Block(major(device), minor(device))),
+            _ if kind.is_fifo() => Some(Special::Pipe),
+            // A socket is of no use without the process that has made it.
+            _ => return Ok(()),
+        };
+        let Some(special) = special else { return self.skip_special(path, depth) };
+        self.say_if_in_image(path, depth)?;
+        self.copied.entries += 1;
+        self.out.say(&Entry::Special(name, special, About::from(metadata)))
     }
 
     /// Skips an unreadable entry of a directory, like Docker: it may be gone, not be accessible to this user, or be one
@@ -128,6 +222,11 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             // It was replaced in the meantime.
             return self.skip_special(path, depth);
         }
+        if matches!(self.what, What::Changes { contents: false, .. }) {
+            self.copied.entries += 1;
+            self.out.say(&Entry::File(name, About::from(&metadata), 0))?;
+            return self.out.piece(&[]);
+        }
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         let begun = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).and_then(|_| {
             Ok(match piece.len() as u64 {
@@ -154,6 +253,19 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).map_err(|error| told(&error))?;
         }
     }
+}
+
+/// The path below the directory that is sent, which ends in `/.`: what follows that.
+fn inner(path: &Path) -> Option<&Path> {
+    let bytes = path.as_os_str().as_bytes();
+    let at = bytes.windows(3).position(|bytes| bytes == b"/./")?;
+    bytes.get(at + 3..).map(|inner| Path::new(OsStr::from_bytes(inner)))
+}
+
+/// The mount that a file is on. `None` where the kernel does not say (before Linux 5.8).
+fn mount_of(path: &Path) -> io::Result<Option<u64>> {
+    let found = statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::MNT_ID)?;
+    Ok((found.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(found.stx_mnt_id))
 }
 
 /// Counts the bytes of a file that does not report its size, up to the limit: a process's `pagemap` would take hours.
