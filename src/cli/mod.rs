@@ -4,6 +4,7 @@ pub mod argv;
 pub mod attach;
 pub mod bench;
 pub mod boot;
+pub mod commit;
 pub mod completions;
 mod connect;
 pub mod cp;
@@ -132,6 +133,8 @@ enum Command {
     Cp(cp::Cp),
     /// List what a machine has changed in its root filesystem
     Diff(diff::Diff),
+    /// Make an image of a machine and what it has changed
+    Commit(commit::Commit),
     /// Write the root filesystem of a machine as a tar archive
     Export(export::Export),
     /// Attach this terminal to a machine running in the background
@@ -257,6 +260,7 @@ impl Cli {
             Command::Exec(exec) => Ok(exec.run()),
             Command::Cp(cp) => cp.run(),
             Command::Diff(diff) => diff.run(),
+            Command::Commit(commit) => commit.run(),
             Command::Export(export) => export.run(),
             Command::Attach(attach) => attach.run(),
             Command::Stats(stats) => stats.run(),

@@ -70,7 +70,6 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
             "start each machine by itself, with `husk network create` for a common network"
         }
         "search" => "look on the registry's web page, and `husk pull` what you find there",
-        "export" => "use `husk cp MACHINE:/ -`",
         _ => return None,
     })
 }

@@ -15,6 +15,7 @@
 
 mod bundle;
 pub mod changes;
+pub mod commit;
 pub mod config;
 pub mod digest;
 mod directory;

@@ -82,6 +82,57 @@ fn a_machine_survives_its_husk_and_the_state_directory() {
     assert!(!kept().iter().any(|path| path.ends_with(&id)), "{:?}", kept());
 }
 
+#[test]
+fn files_of_a_stopped_machine_are_reached_and_become_an_image() {
+    let machines = Machines::new(guests!());
+    let script =
+        "echo changed >/srv/file; rm /etc/group; mkdir /srv/dir; mkfifo /srv/dir/pipe; rm -rf /root; mkdir /root";
+    with(&machines, false, &["--name", "job", archive(), "sh", "-c", script], b"").expect(0);
+    let husk = |words: &[&str]| finish(with_store(&machines, words), Vec::new());
+    let diff = husk(&["diff", "job"]).expect(0).text();
+    for line in ["A /srv/file", "A /srv/dir/pipe", "D /etc/group", "C /etc"] {
+        assert!(diff.lines().any(|found| found == line), "{line}\n{diff}");
+    }
+    assert!(!diff.contains("hosts") && !diff.contains("/proc"), "{diff}");
+    assert!(machines.ok(&["ps", "-a"]).contains("Exited (0)"), "it was not started");
+    // In and out, with links and archives as for a running one.
+    let local = machines.runtime.path().join("file");
+    fs::write(&local, "copied").unwrap();
+    husk(&["cp", local.to_str().unwrap(), "job:/srv/copied"]).expect(0);
+    assert!(husk(&["cp", "job:/srv/copied", "-"]).expect(0).text().contains("copied"));
+    let exported = husk(&["export", "job"]).expect(0).output.clone();
+    let mut tar = Command::new("tar");
+    tar.arg("t");
+    let names = finish(piped(tar), exported).expect(0).text();
+    for (name, is_there) in [("srv/copied", true), ("srv/dir/pipe", true), ("etc/group", false), ("bin/busybox", true)]
+    {
+        assert_eq!(names.lines().any(|found| found == name), is_there, "{name}\n{names}");
+    }
+    let made = husk(&["commit", "-m", "why", "-c", "ENV MADE=1", "job", "made:1"]);
+    assert!(made.expect(0).text().starts_with("sha256:"), "{}", made.text());
+    let check = "cat /srv/file /srv/copied; ls -d /etc/group; test -p /srv/dir/pipe && echo $MADE $FROM_IMAGE";
+    let ran = with(&machines, false, &["made:1", "sh", "-c", check], b"");
+    assert_eq!(ran.expect(0).text(), "changed\ncopied1 yes\n", "{}", ran.errors);
+    // Of a running one, whose image it is now.
+    let mut start = husk_run(&machines.guests, &["-d", "--name", "next", "made:1", "sleep", "1000"]);
+    start.env("XDG_RUNTIME_DIR", machines.runtime.path());
+    finish(start, Vec::new()).expect(0);
+    let script = "echo more >/srv/file; rm /srv/copied; rm -r /srv/dir; mkdir /srv/dir; touch /srv/dir/new";
+    machines.ok(&["exec", "next", "sh", "-c", script]);
+    let expected = "C /srv\nD /srv/copied\nC /srv/dir\nA /srv/dir/new\nC /srv/file\n";
+    assert_eq!(husk(&["diff", "next"]).expect(0).text(), expected);
+    // One layer more, with what is gone.
+    husk(&["commit", "next", "made:2"]).expect(0);
+    machines.ok(&["rm", "-f", "next"]);
+    let ran = with(&machines, false, &["made:2", "sh", "-c", "cat /srv/file; cd /srv; find . | sort | xargs"], b"");
+    assert_eq!(ran.expect(0).text(), "more\n. ./dir ./dir/new ./file ./not-a-program\n");
+}
+
+fn piped(mut command: Command) -> Command {
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    command
+}
+
 /// Any husk command, with the image store of the tests.
 fn with_store(machines: &Machines, words: &[&str]) -> Command {
     let mut command = machines.command(words);

@@ -301,4 +301,91 @@ mod tests {
         let error = send(Path::new("/proc/self/mem"), false, &mut Vec::new(), &mut |_| {}).unwrap_err().to_string();
         assert_eq!(error, "read /proc/self/mem: Input/output error");
     }
+
+    /// The entries that `send` writes, without what differs between hosts.
+    fn sent(send: impl FnOnce(&mut Vec<u8>) -> io::Result<Copied>) -> Vec<String> {
+        let mut bytes = Vec::new();
+        send(&mut bytes).unwrap();
+        let mut entries = crate::tree::Entries::new(&bytes[..], false);
+        let mut said = Vec::new();
+        while let Some(entry) = entries.next_entry().unwrap() {
+            let name = entry.name().map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
+            said.push(match &entry {
+                Entry::File(..) => {
+                    let mut len = 0;
+                    entries
+                        .content(|piece| {
+                            len += piece.len();
+                            Ok(())
+                        })
+                        .unwrap();
+                    format!("file {name} {len}")
+                }
+                Entry::Directory(..) => format!("dir {name}"),
+                Entry::Special(_, special, _) => format!("{special:?} {name}"),
+                Entry::Gone(..) => format!("gone {name}"),
+                other => format!("{other:?}"),
+            });
+        }
+        said
+    }
+
+    #[test]
+    fn changes_say_what_is_in_the_image_and_what_is_gone() {
+        use rustix::fs::{FileType, Mode, mknodat};
+        let place = crate::tree::tests::Place::new("changes");
+        let (upper, image) = (place.0.join("upper"), place.0.join("image"));
+        for dir in ["image/etc", "image/srv", "upper/etc", "upper/dev", "upper/srv", "upper/new"] {
+            fs::create_dir_all(place.0.join(dir)).unwrap();
+        }
+        for file in ["image/srv/old", "upper/srv/old", "upper/srv/new", "upper/etc/hosts"] {
+            fs::write(place.0.join(file), "words").unwrap();
+        }
+        mknodat(CWD, upper.join("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        mknodat(CWD, upper.join("srv/gone"), FileType::CharacterDevice, Mode::empty(), 0).unwrap();
+        let expected = [
+            "dir .",
+            "dir new",
+            "Leave",
+            "Pipe pipe",
+            "InImage",
+            "dir srv",
+            "gone gone",
+            "file new 5",
+            "InImage",
+            "file old 5",
+            "Leave",
+            "Leave",
+        ];
+        assert_eq!(sent(|out| send_changes(&upper, &image, true, out)), expected);
+        let listed = sent(|out| send_changes(&upper, &image, false, out));
+        assert_eq!(listed, expected.map(|word| word.replace(" 5", " 0")));
+        // Once more than its own files are changed, so is the directory.
+        fs::write(upper.join("etc/other"), "").unwrap();
+        let listed = sent(|out| send_changes(&upper, &image, false, out));
+        assert_eq!(listed[..5], ["dir .", "InImage", "dir etc", "file other 0", "Leave"]);
+    }
+
+    #[test]
+    fn a_root_has_its_special_files_and_nothing_that_is_mounted_in_it() {
+        use rustix::fs::{FileType, Mode, mknodat};
+        let place = crate::tree::tests::Place::new("root");
+        fs::create_dir(place.0.join("srv")).unwrap();
+        fs::write(place.0.join("srv/file"), "x").unwrap();
+        mknodat(CWD, place.0.join("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let expected = ["dir .", "Pipe pipe", "dir srv", "file file 1", "Leave", "Leave"];
+        assert_eq!(sent(|out| send_root(&place.0, out)), expected);
+        // /proc is a mount.
+        let is_proc = |path: &str| {
+            let mut out = Vec::new();
+            let sender = Sender {
+                out: Writer::new(&mut out),
+                copied: Copied::default(),
+                progress: &mut |_| {},
+                what: What::Root { mount: mount_of(Path::new("/")).unwrap() },
+            };
+            sender.is_left_out(Path::new(path))
+        };
+        assert!(is_proc("/./proc") && !is_proc("/./usr"));
+    }
 }

@@ -7,10 +7,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use super::*;
 
 /// A temporary directory of a test.
-struct Place(PathBuf);
+pub(super) struct Place(pub(super) PathBuf);
 
 impl Place {
-    fn new(test: &str) -> Place {
+    pub(super) fn new(test: &str) -> Place {
         let path = std::env::temp_dir().join(format!("husk-tree-{}-{test}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).unwrap();
