@@ -137,11 +137,34 @@ fn write(path: &Path, config: &Map<String, Value>) -> Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     let new = path.with_extension("husk-new");
     let put = || -> Result<()> {
-        let mut options = File::options();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        // One that exists may be another user's, who waits for the credentials.
+        let _ = fs::remove_file(&new);
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&new)?;
         serde_json::to_writer_pretty(&mut file, config)?;
         file.sync_all()?;
         Ok(fs::rename(&new, &path)?)
     };
     put().inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn credentials_are_written_to_no_file_of_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, theirs) = (dir.path().join("auth.json"), dir.path().join("theirs"));
+        let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        fs::write(&theirs, "").unwrap();
+        symlink(&theirs, path.with_extension("husk-new")).unwrap();
+        write(&path, &Map::new()).unwrap();
+        assert_eq!((fs::read_to_string(&theirs).unwrap(), mode()), (String::new(), 0o600));
+        fs::write(path.with_extension("husk-new"), "").unwrap();
+        fs::set_permissions(path.with_extension("husk-new"), fs::Permissions::from_mode(0o666)).unwrap();
+        write(&path, &Map::new()).unwrap();
+        assert_eq!(mode(), 0o600);
+    }
 }
