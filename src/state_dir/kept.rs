@@ -8,10 +8,12 @@
 //!   runtime                    a link to the machine's own directory, where a link `kept` leads here
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -76,7 +78,7 @@ impl StateDir {
             if !self.base.join(id).exists()
                 && let Err(error) = self.recover_machine(id, &entry.path())
             {
-                log::warn!("machine {id} cannot be used, and {} has its changes: {error:#}", entry.path().display());
+                warn_once(id, &entry.path(), &error);
             }
         }
         machine_dir::remove_leftovers(place);
@@ -116,6 +118,14 @@ impl StateDir {
             record.write(kept)?;
         }
         Ok(())
+    }
+}
+
+/// A command may look for machines several times.
+fn warn_once(id: &str, kept: &Path, error: &anyhow::Error) {
+    static KNOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if KNOWN.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned()) {
+        log::warn!("machine {id} cannot be used, and {} has its changes: {error:#}", kept.display());
     }
 }
 
