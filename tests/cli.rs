@@ -337,17 +337,24 @@ fn shells_complete_names() {
         (&["image", "ls", "--format", "{{.Tag}}"], "1\nlatest\n"),
         (&["container", "ls", "-q"], ""),
         (&["image", "inspect", "-f", "{{len .RepoTags}}", "web:1"], "2\n"),
+        (&["volume", "inspect", "-f", "{{.Name}} {{.Driver}}", "data"], "data local\n"),
+        (&["container", "prune", "-f"], ""),
+        (&["stats", "--no-stream", "--format", "{{.Name}} {{.CPUPerc}} {{.MemUsage}}"], ""),
+        (&["stats", "--no-stream", "--format", "table {{.Name}}\\t{{.MemPerc}}"], "NAME  MEM\n"),
     ] {
         assert_eq!(run(husk, words), printed, "{words:?}");
     }
     assert!(run(husk, &["system", "df", "-v"]).contains("data"));
     assert!(run(husk, &["system", "prune", "-f"]).starts_with("Removed 0 images"));
+    assert!(run(husk, &["image", "prune", "-af"]).starts_with("Removed 1 images"));
+    assert_eq!(run(husk, &["images", "-q"]), "");
 }
 
 #[test]
 fn completions_exist_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = stdout(&["completions", shell]);
+        assert_eq!(script, stdout(&["completion", shell]));
         assert!(script.contains("husk") && script.contains("print-config"), "{shell}");
     }
 }

@@ -5,9 +5,9 @@ use clap::{Args, Subcommand};
 
 use super::exit::Exit;
 use super::{
-    history, images, import_root, inspect, kill, load, logs, pause, prune, ps, pull, push, rename, rm, rmi, save,
+    attach, cp, exec, history, images, import_root, inspect, kill, load, logs, pause, port, prune, ps, pull, push,
 };
-use super::{start, stats, stop, tag, wait};
+use super::{rename, rm, rmi, save, start, stats, stop, tag, top, update, wait};
 
 #[derive(Debug, Args)]
 pub(super) struct Image {
@@ -75,6 +75,20 @@ enum ContainerCommand {
     Ls(ps::Ps),
     /// Remove stopped machines
     Rm(rm::Rm),
+    /// Remove all stopped machines
+    Prune(rm::Prune),
+    /// Execute a command in a running machine
+    Exec(exec::Exec),
+    /// Attach this terminal to a machine running in the background
+    Attach(attach::Attach),
+    /// Copy files between a machine and the local filesystem
+    Cp(cp::Cp),
+    /// Display the running processes of a machine
+    Top(top::Top),
+    /// List the published ports of a machine
+    Port(port::Port),
+    /// Change the resource limits of running machines
+    Update(update::UpdateArgs),
     /// Display detailed information about machines
     Inspect(inspect::Inspect),
     /// Fetch the logs of a machine
@@ -105,6 +119,13 @@ impl Container {
         match self.command {
             ContainerCommand::Ls(ps) => ps.run(),
             ContainerCommand::Rm(rm) => rm.run(),
+            ContainerCommand::Prune(prune) => prune.run(),
+            ContainerCommand::Exec(exec) => Ok(exec.run()),
+            ContainerCommand::Attach(attach) => attach.run(),
+            ContainerCommand::Cp(cp) => cp.run(),
+            ContainerCommand::Top(top) => top.run(),
+            ContainerCommand::Port(port) => port.run(),
+            ContainerCommand::Update(update) => update.run(),
             ContainerCommand::Inspect(inspect) => inspect.machines().run(),
             ContainerCommand::Logs(logs) => logs.run(),
             ContainerCommand::Stats(stats) => stats.run(),

@@ -43,9 +43,8 @@ pub(super) struct Inspect {
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 
-    /// Format the output with a Go template, or as json on one line
-    #[arg(short, long, value_name = "FORMAT", value_parser = format)]
-    format: Option<Format>,
+    #[command(flatten)]
+    format: FormatFlag,
 
     /// Only inspect machines (or container), images (image), volumes (volume) or networks (network)
     #[arg(long = "type", value_name = "KIND", hide_possible_values = true)]
@@ -54,6 +53,14 @@ pub(super) struct Inspect {
     /// Include the disk usage of machines
     #[arg(short, long)]
     size: bool,
+}
+
+// The flag of every command that prints details.
+#[derive(Debug, Args)]
+pub(super) struct FormatFlag {
+    /// Format the output with a Go template, or as json on one line
+    #[arg(short, long, value_name = "FORMAT", value_parser = format)]
+    format: Option<Format>,
 }
 
 /// The value of `--format`.
@@ -73,6 +80,28 @@ pub fn format(text: &str) -> Result<Format, String> {
     }
 }
 
+impl FormatFlag {
+    /// Prints a list of what was found, if anything, or what the format makes of each. Values that a template fails for are
+    /// reported.
+    pub fn print(&self, found: &[impl Serialize]) -> Result<Exit> {
+        let mut exit = Exit::Success;
+        match &self.format {
+            _ if found.is_empty() => {}
+            None => super::print_json(&found, "the details")?,
+            Some(Format::Json) => super::print_raw(&(foreign::json_line(&found)? + "\n")).map(drop)?,
+            Some(Format::Template(template)) => {
+                for found in found {
+                    match serde_json::to_value(found).map_err(Into::into).and_then(|value| template.render(&value)) {
+                        Ok(text) => super::print(&(text + "\n"))?,
+                        Err(error) => exit = super::report(&error),
+                    }
+                }
+            }
+        }
+        Ok(exit)
+    }
+}
+
 impl Inspect {
     /// Of images only.
     pub fn images(self) -> Inspect {
@@ -88,20 +117,7 @@ impl Inspect {
     pub fn run(self) -> Result<Exit> {
         let (found, failed): (Vec<_>, Vec<_>) = self.names.iter().map(|name| self.find(name)).partition(Result::is_ok);
         let found: Vec<Found> = found.into_iter().flatten().collect();
-        let mut exit = Exit::Success;
-        match &self.format {
-            _ if found.is_empty() => {}
-            None => super::print_json(&found, "the details")?,
-            Some(Format::Json) => super::print_raw(&(foreign::json_line(&found)? + "\n")).map(drop)?,
-            Some(Format::Template(template)) => {
-                for found in &found {
-                    match serde_json::to_value(found).map_err(Into::into).and_then(|value| template.render(&value)) {
-                        Ok(text) => super::print(&(text + "\n"))?,
-                        Err(error) => exit = super::report(&error),
-                    }
-                }
-            }
-        }
+        let mut exit = self.format.print(&found)?;
         for error in failed.iter().filter_map(|failed| failed.as_ref().err()) {
             exit = super::report(error);
         }

@@ -11,16 +11,23 @@ use crate::bench::plan::UsageError;
 use crate::foreign;
 use crate::template::Template;
 
-// The flags of a list.
+// The flag of every list.
+#[derive(Debug, Clone, Args)]
+pub(super) struct FormatFlag {
+    /// Format the output: table, json (a line for each), or a Go template such as '{{.ID}}', after `table` with a header
+    #[arg(long, value_name = "FORMAT", value_parser = format)]
+    format: Option<Format>,
+}
+
+// The flags of most lists.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ListFlags {
     /// Only list what meets a condition; the same KEY repeated: any of its values, different ones: all of them
     #[arg(short = 'f', long = "filter", value_name = "KEY=VALUE", value_parser = str::parse::<Filter>)]
     filters: Vec<Filter>,
 
-    /// Format the output: table, json (a line for each), or a Go template such as '{{.ID}}', after `table` with a header
-    #[arg(long, value_name = "FORMAT", value_parser = format)]
-    format: Option<Format>,
+    #[command(flatten)]
+    format: FormatFlag,
 
     /// Do not truncate output
     #[arg(long)]
@@ -102,6 +109,41 @@ impl Row {
     }
 }
 
+impl FormatFlag {
+    /// The rows as text, ready to be printed to a terminal.
+    pub fn text(&self, columns: &Columns, rows: Vec<Row>) -> Result<String> {
+        Ok(match &self.format {
+            None | Some(Format::Table) => {
+                let header = columns.shown.iter().map(|field| header(columns, field)).collect();
+                let cells = rows.iter().map(|row| columns.shown.iter().map(|field| row.text(field)).collect());
+                let table: Vec<Vec<_>> = std::iter::once(header).chain(cells).collect();
+                foreign::lines(&super::images::table(&table)).into_owned()
+            }
+            Some(Format::TableOf(template)) => {
+                let names: Map<String, Value> =
+                    columns.all.iter().map(|(field, header)| ((*field).to_owned(), (*header).into())).collect();
+                let mut lines = vec![template.render(&Value::Object(names))?];
+                for row in rows {
+                    lines.push(template.render(&row.for_templates())?);
+                }
+                let cells: Vec<Vec<String>> =
+                    lines.iter().map(|line| line.split('\t').map(str::to_owned).collect()).collect();
+                foreign::lines(&super::images::table(&cells)).into_owned()
+            }
+            Some(Format::Json) => {
+                let json: serde_json::Result<Vec<String>> =
+                    rows.iter().map(|row| foreign::json_line(&row.fields)).collect();
+                lines(json?)
+            }
+            Some(Format::Lines(template)) => {
+                let printed: Result<Vec<String>> =
+                    rows.into_iter().map(|row| template.render(&row.for_templates())).collect();
+                foreign::lines(&lines(printed?)).into_owned()
+            }
+        })
+    }
+}
+
 impl ListFlags {
     /// Whether only IDs or names are printed.
     pub fn is_quiet(&self) -> bool {
@@ -125,34 +167,7 @@ impl ListFlags {
         if self.quiet {
             return super::print(&lines(rows.iter().map(|row| row.text(columns.key))));
         }
-        match &self.format {
-            None | Some(Format::Table) => {
-                let header = columns.shown.iter().map(|field| header(columns, field)).collect();
-                let cells = rows.iter().map(|row| columns.shown.iter().map(|field| row.text(field)).collect());
-                super::print(&super::images::table(&std::iter::once(header).chain(cells).collect::<Vec<Vec<_>>>()))
-            }
-            Some(Format::TableOf(template)) => {
-                let names: Map<String, Value> =
-                    columns.all.iter().map(|(field, header)| ((*field).to_owned(), (*header).into())).collect();
-                let mut lines = vec![template.render(&Value::Object(names))?];
-                for row in rows {
-                    lines.push(template.render(&row.for_templates())?);
-                }
-                let cells: Vec<Vec<String>> =
-                    lines.iter().map(|line| line.split('\t').map(str::to_owned).collect()).collect();
-                super::print(&super::images::table(&cells))
-            }
-            Some(Format::Json) => {
-                let json: serde_json::Result<Vec<String>> =
-                    rows.iter().map(|row| foreign::json_line(&row.fields)).collect();
-                super::print_raw(&lines(json?)).map(drop)
-            }
-            Some(Format::Lines(template)) => {
-                let printed: Result<Vec<String>> =
-                    rows.into_iter().map(|row| template.render(&row.for_templates())).collect();
-                super::print(&lines(printed?))
-            }
-        }
+        super::print_raw(&self.format.text(columns, rows)?).map(drop)
     }
 }
 

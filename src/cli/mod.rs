@@ -231,6 +231,7 @@ enum Command {
     #[command(hide = true)]
     Container(Box<groups::Container>),
     /// Generate a shell completion script
+    #[command(alias = "completion")]
     Completions(completions::Completions),
     /// Print names for a shell's completion
     #[command(name = "__complete", hide = true)]

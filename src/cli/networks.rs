@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::connect;
 use super::exit::Exit;
 use super::filter::matches_name;
+use super::inspect::FormatFlag;
 use super::labels::LabelFlags;
 use super::list::{Columns, ListFlags, Row};
 use crate::resources::bridge::{self, Bridge};
@@ -75,6 +76,8 @@ enum Command {
         /// Names of networks
         #[arg(required = true)]
         names: Vec<String>,
+        #[command(flatten)]
+        format: FormatFlag,
     },
     /// Connect a stopped machine to a network, from its next start on
     Connect {
@@ -134,13 +137,13 @@ impl Networks {
                 });
                 list.print(&COLUMNS, networks.iter().map(row).collect())?;
             }
-            Command::Inspect { names } => {
+            Command::Inspect { names, format } => {
                 let all = bridge::list()?;
                 let find = |name: &String| {
                     let found = all.iter().find(|network| network.name == *name).map(to_json);
                     found.with_context(|| format!("network {name} not found (see `husk network ls`)"))
                 };
-                super::print_json(&names.iter().map(find).collect::<Result<Vec<_>>>()?, "the networks")?;
+                return format.print(&names.iter().map(find).collect::<Result<Vec<_>>>()?);
             }
             Command::Connect { network, machine, ip, alias } => {
                 let aliases = alias.iter().map(|alias| format!("alias={alias}"));

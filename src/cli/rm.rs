@@ -7,6 +7,7 @@ use super::exit::Exit;
 use super::machines;
 use super::volume::users;
 use crate::request::Request;
+use crate::state_dir::record::State;
 use crate::state_dir::{NoSuchMachine, StateDir};
 
 const EXAMPLES: &str = "\
@@ -60,5 +61,22 @@ impl Rm {
             }
             if self.volumes { users::remove_anonymous(state_dir, entry) } else { Ok(()) }
         })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Prune {
+    /// Do not ask
+    #[arg(short, long, required = true)]
+    force: bool,
+}
+
+impl Prune {
+    /// Removes all machines that have ended or were not started yet, as Docker does, and prints their IDs. Suspended ones are to continue.
+    pub fn run(self) -> Result<Exit> {
+        let machines = StateDir::open()?.list()?;
+        let idle = machines.iter().filter(|entry| matches!(entry.state(), State::Created | State::Exited { .. }));
+        let ids: Vec<String> = idle.map(|entry| entry.id.clone()).collect();
+        machines::for_each(&ids, |state_dir, entry| state_dir.remove(entry))
     }
 }

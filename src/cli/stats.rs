@@ -1,6 +1,6 @@
 //! `husk stats`: shows the machines' current resource usage.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use indicatif::BinaryBytes;
 use serde_json::json;
 
 use super::exit::Exit;
+use super::list::{Columns, FormatFlag, Row};
 use crate::foreign;
 use crate::request::{Reply, Request, Stats, client};
 use crate::state_dir::record::State;
@@ -19,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   husk stats                        (all running machines, updated every second)
   husk stats --no-stream web
+  husk stats --no-stream --format '{{.Name}} {{.MemUsage}}'
   husk stats --json | jq '.[].guest_memory_bytes'
 
 CPU is relative to one host CPU: 150% is one and a half. MEM USAGE is the host memory used by the guest, and LIMIT the most it
@@ -31,6 +33,23 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Moves the cursor to the top and clears the screen.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
+const COLUMNS: Columns = Columns {
+    all: &[
+        ("ID", "ID"),
+        ("Container", "ID"),
+        ("Name", "NAME"),
+        ("CPUPerc", "CPU"),
+        ("MemUsage", "MEM USAGE / LIMIT"),
+        ("MemPerc", "MEM"),
+        ("Overhead", "OVERHEAD"),
+        ("BlockIO", "BLOCK I/O"),
+        ("NetIO", "NET I/O"),
+    ],
+    shown: &["ID", "Name", "CPUPerc", "MemUsage", "Overhead", "BlockIO", "NetIO"],
+    key: "ID",
+    filters: &[],
+};
+
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct StatsArgs {
@@ -42,9 +61,12 @@ pub(super) struct StatsArgs {
     #[arg(long)]
     no_stream: bool,
 
-    /// Format the output as JSON (implies --no-stream)
-    #[arg(long)]
+    /// Format the output as JSON with all numbers (implies --no-stream)
+    #[arg(long, conflicts_with = "format")]
     json: bool,
+
+    #[command(flatten)]
+    format: FormatFlag,
 }
 
 /// A machine and its usage; `None` if it is not running.
@@ -64,7 +86,10 @@ impl StatsArgs {
         }
         loop {
             let samples = self.sample(&state_dir)?;
-            let text = if self.json { as_json(&samples, &before)? } else { as_table(&samples, &before) };
+            let text = match self.json {
+                true => as_json(&samples, &before)?,
+                false => self.format.text(&COLUMNS, rows(&samples, &before))?,
+            };
             let is_read = super::print_raw(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
             if once || !is_read {
                 return Ok(Exit::Success);
@@ -134,24 +159,34 @@ fn as_json(samples: &[Sample], before: &HashMap<String, Stats>) -> Result<String
     Ok(foreign::json(&list).context("print the statistics")? + "\n")
 }
 
-fn as_table(samples: &[Sample], before: &HashMap<String, Stats>) -> String {
-    let mut rows =
-        vec![["ID", "NAME", "CPU", "MEM USAGE / LIMIT", "OVERHEAD", "BLOCK I/O", "NET I/O"].map(str::to_owned)];
-    rows.extend(samples.iter().map(|(entry, stats)| {
-        let pair = |a, b| format!("{} / {}", BinaryBytes(a), BinaryBytes(b));
-        let [cpu, memory, own, disk, net] = match stats {
-            None => ["-"; 5].map(str::to_owned),
+fn rows(samples: &[Sample], before: &HashMap<String, Stats>) -> Vec<Row> {
+    let pair = |a, b| format!("{} / {}", BinaryBytes(a), BinaryBytes(b));
+    let row = |(entry, stats): &Sample| {
+        let [cpu, memory, share, own, disk, net] = match stats {
+            None => ["-"; 6].map(str::to_owned),
             Some(stats) => [
                 format!("{:.1}%", cpu_percent(stats, before.get(&entry.id))),
                 pair(stats.guest_memory_bytes, stats.memory_limit_bytes),
+                format!("{:.1}%", 100.0 * stats.guest_memory_bytes as f64 / stats.memory_limit_bytes.max(1) as f64),
                 BinaryBytes(stats.own_memory_bytes).to_string(),
                 pair(stats.block_read_bytes, stats.block_written_bytes),
                 pair(stats.net_received_bytes, stats.net_sent_bytes),
             ],
         };
-        [entry.id.clone(), entry.name().to_owned(), cpu, memory, own, disk, net]
-    }));
-    super::images::table(&rows)
+        let fields = [
+            ("ID", entry.id.clone()),
+            ("Container", entry.id.clone()),
+            ("Name", entry.name().to_owned()),
+            ("CPUPerc", cpu),
+            ("MemUsage", memory),
+            ("MemPerc", share),
+            ("Overhead", own),
+            ("BlockIO", disk),
+            ("NetIO", net),
+        ];
+        Row::new(fields, &BTreeMap::new())
+    };
+    samples.iter().map(row).collect()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use self::users::Users;
 use super::exit::Exit;
 use super::filter::matches_name;
+use super::inspect::FormatFlag;
 use super::list::{Columns, ListFlags, Row};
 use crate::image::Store;
 use crate::image::volumes::{self, Volume};
@@ -67,6 +68,8 @@ enum Command {
         /// Names of volumes
         #[arg(required = true)]
         names: Vec<String>,
+        #[command(flatten)]
+        format: FormatFlag,
     },
     /// Remove volumes and their data
     #[command(visible_alias = "remove")]
@@ -125,10 +128,9 @@ impl VolumeArgs {
                 }
                 Ok(Exit::Success)
             }
-            Command::Inspect { names } => {
+            Command::Inspect { names, format } => {
                 let volumes = names.iter().map(|name| Ok(to_json(&store.volume(name)?))).collect::<Result<Vec<_>>>()?;
-                super::print_json(&volumes, "the volumes")?;
-                Ok(Exit::Success)
+                format.print(&volumes)
             }
         }
     }

@@ -37,6 +37,8 @@ pub struct Listed {
 /// What to keep when pruning.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PruneOptions {
+    /// Images with a name.
+    pub keep_named: bool,
     /// Unnamed images, which were run from a path.
     pub keep_unnamed: bool,
     /// Compressed layers: the root file system exists, and only pulls of other versions could use them.
@@ -151,20 +153,24 @@ impl Store {
             Ok(Removed { untagged: names.iter().map(|name| familiar(name)).collect(), deleted: Some(id) })
         })?;
         if removed.deleted.is_some() {
-            self.prune(PruneOptions { keep_unnamed: true, keep_layers: true })?;
+            self.prune(PruneOptions { keep_named: true, keep_unnamed: true, keep_layers: true })?;
         }
         Ok(removed)
     }
 
-    /// Removes data that no image uses, as selected by `options`. Data used by running machines is kept.
+    /// Removes images as selected by `options`, and data that no image uses. Images of machines, running or not, are kept.
     pub fn prune(&self, options: PruneOptions) -> Result<Pruned> {
         let mut pruned = Pruned::default();
-        if !options.keep_unnamed {
+        if !options.keep_named || !options.keep_unnamed {
             let images = self.update(|index| {
-                let nameless = index.images.iter().filter(|&(&id, _)| index.names_of(id).is_empty());
-                let nameless: Vec<(Digest, Digest)> = nameless.map(|(&id, record)| (id, record.root)).collect();
+                let is_kept = |id| match index.names_of(id).is_empty() {
+                    true => options.keep_unnamed,
+                    false => options.keep_named,
+                };
+                let unwanted = index.images.iter().filter(|&(&id, _)| !is_kept(id));
+                let unwanted: Vec<(Digest, Digest)> = unwanted.map(|(&id, record)| (id, record.root)).collect();
                 let mut count = 0;
-                for (id, root) in nameless {
+                for (id, root) in unwanted {
                     if !self.is_in_use(root)? && self.machines_with(id).is_empty() {
                         index.remove(id);
                         count += 1;
