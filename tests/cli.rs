@@ -346,6 +346,9 @@ fn shells_complete_names() {
     }
     assert!(run(husk, &["system", "df", "-v"]).contains("data"));
     assert!(run(husk, &["system", "prune", "-f"]).starts_with("Removed 0 images"));
+    let anonymous = run(husk, &["volume", "create"]);
+    assert!(run(husk, &["system", "prune", "-f", "--volumes"]).starts_with(&(anonymous + "Removed 0 images")));
+    assert_eq!(run(husk, &["volume", "rm", "-f", "none", "data"]), "data\n");
     assert!(run(husk, &["image", "prune", "-af"]).starts_with("Removed 1 images"));
     assert_eq!(run(husk, &["images", "-q"]), "");
 }

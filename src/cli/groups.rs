@@ -5,7 +5,8 @@ use clap::{Args, Subcommand};
 
 use super::exit::Exit;
 use super::{
-    attach, cp, exec, history, images, import_root, inspect, kill, load, logs, pause, port, prune, ps, pull, push,
+    attach, commit, cp, diff, exec, export, history, images, import_root, inspect, kill, load, logs, pause, port,
+    prune, ps, pull, push,
 };
 use super::{rename, rm, rmi, save, start, stats, stop, tag, top, update, wait};
 
@@ -83,6 +84,12 @@ enum ContainerCommand {
     Attach(attach::Attach),
     /// Copy files between a machine and the local filesystem
     Cp(cp::Cp),
+    /// List what a machine has changed
+    Diff(diff::Diff),
+    /// Write the files of a machine to an archive
+    Export(export::Export),
+    /// Make an image of a machine
+    Commit(commit::Commit),
     /// Display the running processes of a machine
     Top(top::Top),
     /// List the published ports of a machine
@@ -123,6 +130,9 @@ impl Container {
             ContainerCommand::Exec(exec) => Ok(exec.run()),
             ContainerCommand::Attach(attach) => attach.run(),
             ContainerCommand::Cp(cp) => cp.run(),
+            ContainerCommand::Diff(diff) => diff.run(),
+            ContainerCommand::Export(export) => export.run(),
+            ContainerCommand::Commit(commit) => commit.run(),
             ContainerCommand::Top(top) => top.run(),
             ContainerCommand::Port(port) => port.run(),
             ContainerCommand::Update(update) => update.run(),

@@ -62,6 +62,9 @@ enum Command {
         /// Restrict external access: machines reach only each other and the host
         #[arg(long)]
         internal: bool,
+        /// The driver, as in Docker: only bridge
+        #[arg(short, long, hide = true, value_parser = [DRIVER])]
+        driver: Option<String>,
         #[command(flatten)]
         labels: LabelFlags,
     },
@@ -121,7 +124,7 @@ impl Networks {
     /// Executes the subcommand.
     pub fn run(self) -> Result<Exit> {
         match self.command {
-            Command::Create { name, subnet, internal, labels } => {
+            Command::Create { name, subnet, internal, labels, driver: _ } => {
                 let made = bridge::create(&name, subnet, internal, labels.labels()?)?;
                 note("create", &name);
                 super::print(&format!("{} {}/{}\n", made.name, made.subnet, bridge::PREFIX))?;

@@ -34,7 +34,14 @@ enum Command {
     /// Show what is known about this husk and its host
     Info(Info),
     /// Remove unused data, like `husk prune`
-    Prune(Prune),
+    #[command(name = "prune")]
+    Clean {
+        #[command(flatten)]
+        prune: Prune,
+        /// Also remove the anonymous volumes that no machine has
+        #[arg(long)]
+        volumes: bool,
+    },
 }
 
 impl System {
@@ -43,7 +50,11 @@ impl System {
         match self.command {
             Command::Df(df) => df.run(),
             Command::Info(info) => info.run(),
-            Command::Prune(prune) => prune.run(),
+            Command::Clean { prune, volumes } => {
+                let pruned = if volumes { super::volume::prune(false)? } else { Exit::Success };
+                let exit = prune.run()?;
+                Ok(if matches!(exit, Exit::Success) { pruned } else { exit })
+            }
         }
     }
 }

@@ -65,10 +65,13 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         return None;
     }
     Some(match command {
-        "build" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
+        "build" | "buildx" => {
+            "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them"
+        }
         "compose" | "kube" | "pod" | "service" | "stack" | "swarm" => {
             "start each machine by itself, with `husk network create` for a common network"
         }
+        "context" => "there is no daemon to choose",
         "search" => "look on the registry's web page, and `husk pull` what you find there",
         _ => return None,
     })
@@ -80,6 +83,9 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
     match command {
         "run" | "create" => super::run::refusal(option),
+        "exec" if option == "--privileged" => {
+            Some("root has all capabilities in its machine, unless --cap-drop of husk run dropped some")
+        }
         _ if option == "-v" => Some("use --verbose"),
         "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
@@ -113,6 +119,7 @@ mod tests {
             (&["run", "--device=/dev/kvm", "x"], "devices of its own"),
             (&["run", "-h"], "--help"),
             (&["run", "-it"], "use husk run [OPTIONS] IMAGE [COMMAND] [ARG]..."),
+            (&["exec", "--privileged", "web", "sh"], "all capabilities"),
             (&["compose", "up"], "husk network create"),
             (&["disks", "--filter", "name=x"], "--json"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),

@@ -77,6 +77,9 @@ enum Command {
         /// Names of volumes
         #[arg(required = true)]
         names: Vec<String>,
+        /// Do not fail if a volume does not exist
+        #[arg(short, long)]
+        force: bool,
     },
     /// Remove the anonymous volumes that no machine has, and their data
     Prune {
@@ -101,17 +104,14 @@ impl VolumeArgs {
                 Ok(Exit::Success)
             }
             Command::Create { names } => for_each(&names, |name| store.create_volume(name)),
-            Command::Rm { names } => {
+            Command::Rm { mut names, force } => {
+                if force {
+                    let found: Vec<String> = store.volumes()?.into_iter().map(|volume| volume.name).collect();
+                    names.retain(|name| found.contains(name));
+                }
                 for_each(&names, |name| users.check_none(name).and_then(|()| store.remove_volume(name)))
             }
-            Command::Prune { all, .. } => {
-                let unused = users.volumes(&store)?.into_iter().filter(|volume| !volume.in_use);
-                let names = unused.map(|volume| volume.name);
-                let names: Vec<String> = names.filter(|name| all || volumes::is_anonymous(name)).collect();
-                // Removing many may take long enough for a machine to get one of them.
-                let check = |name: &str| Users::find(&state_dir)?.check_none(name);
-                for_each(&names, |name| check(name).and_then(|()| store.remove_volume(name)))
-            }
+            Command::Prune { all, .. } => prune(all),
             Command::Ls { list, json } => {
                 let filters = list.filters(&COLUMNS)?;
                 let mut volumes = users.volumes(&store)?;
@@ -134,6 +134,17 @@ impl VolumeArgs {
             }
         }
     }
+}
+
+/// Removes the anonymous volumes that no machine has, or `all` that none has, and prints their names.
+pub fn prune(all: bool) -> Result<Exit> {
+    let (store, state_dir) = (Store::open_default()?, StateDir::open()?);
+    let unused = Users::find(&state_dir)?.volumes(&store)?.into_iter().filter(|volume| !volume.in_use);
+    let names = unused.map(|volume| volume.name);
+    let names: Vec<String> = names.filter(|name| all || volumes::is_anonymous(name)).collect();
+    // Removing many may take long enough for a machine to get one of them.
+    let check = |name: &str| Users::find(&state_dir)?.check_none(name);
+    for_each(&names, |name| check(name).and_then(|()| store.remove_volume(name)))
 }
 
 /// What is known about a volume, in Docker's words.
