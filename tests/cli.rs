@@ -238,7 +238,7 @@ fn short_options_stand_together_and_have_their_values_as_docker_takes_them() {
         let line = refusal(words, 125);
         assert!(line.contains("no such machine: \"nobody\""), "{words:?}: {line}");
     }
-    for (words, named) in [(["run", "-ieX", "-q", "image"], "-q"), (["run", "-it", "--memroy=1", "image"], "--memory")]
+    for (words, named) in [(["run", "-ieX", "-j", "image"], "-j"), (["run", "-it", "--memroy=1", "image"], "--memory")]
     {
         let line = refusal(&words, 125);
         assert!(line.contains(named), "{words:?}: {line}");
@@ -280,7 +280,8 @@ fn a_run_without_a_process_has_a_distinct_exit_code() {
     let cases: &[(&[&str], &str)] = &[
         (&["run"], "IMAGE"),
         (&["run", "--cpuss=2", "image"], "--cpuss"),
-        (&["run", "--cpus=0", "/nowhere"], "/nowhere"),
+        (&["run", "--cpus=0", "/nowhere"], "1 to 32"),
+        (&["run", "--cpus=1", "/nowhere"], "/nowhere"),
         (&["run", "--memory=512", "image"], "512M"),
         (&["run", "--tmpfs=run", "image"], "absolute path"),
         (&["run", "--read-only", "--scratch=1G", "image"], "--scratch"),
