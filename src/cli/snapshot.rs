@@ -89,8 +89,9 @@ impl SnapshotArgs {
         machines::request_slowly(&entry, &request, wait).with_context(|| entry.name().to_owned())?;
         drop(bar);
         let layer = entry.kept().map(|kept| kept.join(LAYER));
-        let is_shared = |disk: &DiskConfig| !disk.readonly && !self.with_disks && Some(&disk.path) != layer.as_ref();
-        if !self.stop && entry.record()?.config.disks.iter().any(is_shared) {
+        let is_own = |disk: &DiskConfig| snapshot::is_nameless(disk) || Some(&disk.path) == layer.as_ref();
+        let is_shared = |disk: &DiskConfig| !disk.readonly && !is_own(disk);
+        if !self.stop && !self.with_disks && entry.record()?.config.disks.iter().any(is_shared) {
             log::warn!(
                 "the snapshot cannot be restored any more as soon as the machine writes to its disk: use --stop or \
                  --with-disks"

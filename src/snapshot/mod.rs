@@ -268,8 +268,8 @@ fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
 /// Which of a machine's disks its snapshot contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DisksInside {
-    /// None but the writable layer of a machine that stays.
-    None,
+    /// Those that nobody else can have: the ones without a name, and the writable layer of a machine that stays.
+    Own,
     /// Those without a name, which are lost with the process that has them.
     Nameless,
     /// All that are writable.
@@ -279,6 +279,11 @@ pub enum DisksInside {
 /// Whether the disk of a snapshot's configuration is inside of the snapshot.
 pub fn is_inside(disk: &DiskConfig) -> bool {
     disk.path.is_relative()
+}
+
+/// Whether the disk is lost with the process that has it.
+pub fn is_nameless(disk: &DiskConfig) -> bool {
+    disk.path.starts_with(OWN_FILES)
 }
 
 /// The name of disk `index` in a snapshot that contains it.
@@ -292,8 +297,7 @@ fn share_name(index: usize) -> String {
 }
 
 /// The configuration as a snapshot describes it, and the disks that the snapshot contains: their indices and where they are now.
-/// Fails if it does not contain a disk without a name, which is lost with this process. The disk `layer` belongs to a machine that
-/// stays: it is inside unless that machine itself is to continue with it.
+/// The disk `layer` belongs to a machine that stays: it is inside unless that machine itself is to continue with it.
 pub fn portable(
     config: &MachineConfig,
     inside: DisksInside,
@@ -302,12 +306,10 @@ pub fn portable(
     let mut config = with_absolute_paths(config)?;
     let mut moved = Vec::new();
     for (index, disk) in config.disks.iter_mut().enumerate() {
-        let is_nameless = disk.path.starts_with(OWN_FILES);
         match inside {
             DisksInside::Writable if !disk.readonly => {}
-            DisksInside::Nameless if is_nameless => {}
-            DisksInside::None if layer == Some(&disk.path) => {}
-            _ if is_nameless => bail!("the machine has a temporary disk: save it too, with --with-disks"),
+            DisksInside::Own if layer == Some(&disk.path) => {}
+            _ if is_nameless(disk) => {}
             _ => continue,
         }
         // It no longer follows from the name.
@@ -459,13 +461,11 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_contains_a_disk_without_a_name_or_none_can_be_taken() {
+    fn a_snapshot_contains_a_disk_without_a_name() {
         let disks = ["/proc/self/fd/7", "/named"].map(|path| DiskConfig::of(path.into())).to_vec();
         let config = MachineConfig { disks, kernel: "k".into(), ..MachineConfig::default() };
-        let moved =
-            |inside| portable(&config, inside, None).map(|(_, moved)| moved.len()).map_err(|error| error.to_string());
-        assert!(moved(DisksInside::None).unwrap_err().contains("--with-disks"));
-        assert_eq!([DisksInside::Nameless, DisksInside::Writable].map(moved), [Ok(1), Ok(2)]);
+        let moved = |inside| portable(&config, inside, None).unwrap().1.len();
+        assert_eq!([DisksInside::Own, DisksInside::Nameless, DisksInside::Writable].map(moved), [1, 1, 2]);
     }
 
     #[test]
@@ -473,7 +473,7 @@ mod tests {
         let disks = ["/layer", "/named"].map(|path| DiskConfig::of(path.into())).to_vec();
         let config = MachineConfig { disks, kernel: "k".into(), ..MachineConfig::default() };
         let moved = |inside| portable(&config, inside, Some(Path::new("/layer"))).unwrap().1.len();
-        let kinds = [DisksInside::None, DisksInside::Nameless, DisksInside::Writable];
+        let kinds = [DisksInside::Own, DisksInside::Nameless, DisksInside::Writable];
         assert_eq!(kinds.map(moved), [1, 0, 2]);
     }
 

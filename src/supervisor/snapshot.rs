@@ -92,7 +92,7 @@ impl Supervisor<'_> {
     /// Saves a machine that waits for its process, and ends it.
     pub(super) fn save_and_end(&mut self, save: &Save) -> Result<()> {
         let config = &self.endpoint.record.config;
-        let (config, disks) = snapshot::portable(config, DisksInside::None, None)?;
+        let (config, disks) = snapshot::portable(config, DisksInside::Own, None)?;
         let order = Order {
             id: snapshot::new_id()?,
             base: None,
@@ -124,9 +124,9 @@ impl Supervisor<'_> {
         ensure!(!suspends || keeps, "only a machine that was started with --detach and without --rm can be suspended");
         let inside = match (with_disks, suspends) {
             (true, _) => DisksInside::Writable,
-            // Nobody else can use them.
+            // The machine continues with its layer.
             (false, true) => DisksInside::Nameless,
-            (false, false) => DisksInside::None,
+            (false, false) => DisksInside::Own,
         };
         let layer = self.endpoint.dir.kept().map(|kept| kept.join(state_dir::LAYER));
         let (config, disks) = snapshot::portable(&self.endpoint.record.config, inside, layer.as_deref())?;

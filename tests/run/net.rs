@@ -254,7 +254,7 @@ fn machines_of_a_network_reach_each_other_by_name() {
     let script = "mkdir /www; echo from db >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     let (db, _output) = start(&guests, &["--network", "test", "--rm", "--name", "db"], script);
     let listed = husk(&["network", "ls"]);
-    assert!(listed.contains("test        10.86.77.0/24") && listed.contains("db (10.86.77."), "{listed}");
+    assert!(listed.contains("test  10.86.77.0/24") && listed.contains("db (10.86.77."), "{listed}");
     let script = "cat /etc/resolv.conf; wget -qO- http://db/; ping -c 1 db >/dev/null && echo pinged; ip route | grep -c default";
     let ended = networked(&guests, "micro", &["--network", "test", "--rm", "--name", "app"], script);
     assert_eq!(ended.text(), "nameserver 10.86.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
