@@ -1,20 +1,17 @@
 //! Makes images of what machines have changed: `husk commit`.
 
 use std::fs::File;
-use std::io;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use super::bundle::{self, Part};
 use super::changes;
-use super::config::{ImageConfig, ImageProcess};
+use super::config::ImageProcess;
 use super::digest::Digest;
-use super::index::{LayerRecord, Record};
+use super::index::LayerRecord;
 use super::make::Making;
 use super::progress::Progress;
-use super::reference::Reference;
 use super::store::Store;
 
 /// What a machine's image becomes.
@@ -53,41 +50,14 @@ impl Store {
             Top::Layer(archive) => (archive, record.context("the machine's image is not in the store")?.layers.clone()),
             Top::Root(archive) => (archive, Vec::new()),
         };
-        let digest = bundle::digest_of(&archive)?;
-        if let Some(mut work) = self.begin_blob(digest)? {
-            work.file.set_len(0)?;
-            io::copy(&mut Part::whole(archive)?, &mut work.file).context("copy the archive to the store")?;
-            self.keep_blob(digest, work)?;
-        }
+        let digest = self.keep_archive(archive)?;
         let layers: Vec<LayerRecord> =
             below.into_iter().chain([LayerRecord { diff_id: digest, blob: Some(digest) }]).collect();
         let config = match base.map(|base| self.config_of(base)).transpose()?.flatten() {
             Some(json) => serde_json::from_slice(&json).context("read the configuration of the image")?,
             None => json!({ "config": record.map(|record| process(&record.process)) }),
         };
-        let json = extended(config, &layers, author, making)?;
-        let image = ImageConfig::parse(&json)?;
-        image.check_size()?;
-        let stored = layers.iter().map(|layer| {
-            let blob = layer.blob.context("the store has not all of the machine's image: pull it again")?;
-            self.stored_layer(blob, layer.diff_id)
-        });
-        let root = self.root_of_layers(stored.collect::<Result<_>>()?, progress)?;
-        self.keep_config(&json)?;
-        let record = Record {
-            root: root.key,
-            process: image.process,
-            architecture: image.architecture,
-            created: image.created,
-            added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
-            source: None,
-            own_names: Vec::new(),
-            layers,
-            unpacked_bytes: root.unpacked_bytes,
-        };
-        let id = Digest::of(&json);
-        self.record(id, record, root, None, making.name.map(Reference::to_string).into_iter().collect())?;
-        Ok(id)
+        self.keep_made(&extended(config, &layers, author, making)?, layers, making.name, progress)
     }
 }
 

@@ -42,16 +42,39 @@ impl Store {
         let archive = self.seekable(archive)?;
         ensure!(archive.metadata()?.len() > 0, "it is empty");
         let diff_id = self.unpacked_digest(&archive)?;
-        let blob = bundle::digest_of(&archive)?;
-        if let Some(mut work) = self.begin_blob(blob)? {
+        let blob = self.keep_archive(archive)?;
+        let layers = vec![LayerRecord { diff_id, blob: Some(blob) }];
+        self.keep_made(&config_json(diff_id, config, making)?, layers, making.name, progress)
+    }
+
+    /// Keeps an archive that is a layer, and returns its digest.
+    pub(super) fn keep_archive(&self, archive: File) -> Result<Digest> {
+        let digest = bundle::digest_of(&archive)?;
+        if let Some(mut work) = self.begin_blob(digest)? {
             work.file.set_len(0)?;
             io::copy(&mut Part::whole(archive)?, &mut work.file).context("copy the archive to the store")?;
-            self.keep_blob(blob, work)?;
+            self.keep_blob(digest, work)?;
         }
-        let json = config_json(diff_id, config, making)?;
-        let image = ImageConfig::parse(&json)?;
-        let root = self.root_of_layers(vec![self.stored_layer(blob, diff_id)?], progress)?;
-        self.keep_config(&json)?;
+        Ok(digest)
+    }
+
+    /// Keeps an image with the configuration `json` and these layers, builds its root file system, and returns its ID. Fails if
+    /// a layer is not in the store.
+    pub(super) fn keep_made(
+        &self,
+        json: &[u8],
+        layers: Vec<LayerRecord>,
+        name: Option<&Reference>,
+        progress: Progress,
+    ) -> Result<Digest> {
+        let image = ImageConfig::parse(json)?;
+        image.check_size()?;
+        let stored = layers.iter().map(|layer| {
+            let blob = layer.blob.context("the store has not all of the machine's image: pull it again")?;
+            self.stored_layer(blob, layer.diff_id)
+        });
+        let root = self.root_of_layers(stored.collect::<Result<_>>()?, progress)?;
+        self.keep_config(json)?;
         let record = Record {
             root: root.key,
             process: image.process,
@@ -60,11 +83,11 @@ impl Store {
             added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
             source: None,
             own_names: Vec::new(),
-            layers: vec![LayerRecord { diff_id, blob: Some(blob) }],
+            layers,
             unpacked_bytes: root.unpacked_bytes,
         };
-        let id = Digest::of(&json);
-        self.record(id, record, root, None, making.name.map(Reference::to_string).into_iter().collect())?;
+        let id = Digest::of(json);
+        self.record(id, record, root, None, name.map(Reference::to_string).into_iter().collect())?;
         Ok(id)
     }
 
