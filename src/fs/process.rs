@@ -118,7 +118,9 @@ fn spawn(folder: &Folder, options: Options, flags: i32, is_confined: bool, known
     let files = Files { given: [theirs.fds().as_slice(), &others].concat(), shared: Vec::new() };
     let split = fork::split(flags, (theirs, ordered, folder), &files).map_err(|(_, error)| error);
     let pid = match split.context("start a process")? {
-        Split::Child((ends, ordered, folder)) => run(folder, options, ends, ordered, flags != 0, is_confined),
+        Split::Child((ends, orders, folder)) => {
+            run(Start { folder, options, ends, orders, is_separate: flags != 0, is_confined })
+        }
         Split::Parent(pid) => pid,
     };
     let process = Process { pid, name, orders };
@@ -222,47 +224,47 @@ fn allow_many_files(pid: u32) {
     }
 }
 
+/// What a server starts with.
+struct Start {
+    folder: Folder,
+    options: Options,
+    ends: Ends,
+    orders: Orders,
+    /// Whether it is in namespaces of its own.
+    is_separate: bool,
+    /// Whether its calls are filtered.
+    is_confined: bool,
+}
+
 /// Runs this process as the server of a folder, and exits.
-fn run(folder: Folder, options: Options, ends: Ends, orders: Orders, is_separate: bool, is_confined: bool) -> ! {
+fn run(start: Start) -> ! {
     // First of all: whatever fails now is the end of this process, which is its parent's copy. Its confinement says the former again,
     // since a change of identity takes it back.
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     std::panic::set_hook(Box::new(|_| fork::exit_now(1)));
-    let error = match prepare(folder, options, ends, orders, is_separate, is_confined) {
+    let socket = start.ends.socket.try_clone().ok();
+    let error = match set_up(start) {
         // Its threads serve, and end the process. This one is killed when its parent is gone, which the kernel forgets of a thread
         // that acts for another user.
         Ok(keeper) => keeper.run(),
-        Err((socket, error)) => {
-            let text = format!("{}{error:#}", char::from(FAILED));
-            let text = text.as_bytes();
-            socket.map(|socket| socket.send(text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default()))
-        }
+        Err(error) => socket.map(|socket| socket.send(report(&failure(&error)))),
     };
     fork::exit_now(1 + i32::from(error.is_none()))
 }
 
-type Failure = (Option<UnixDatagram>, anyhow::Error);
-
-fn prepare(
-    folder: Folder,
-    options: Options,
-    ends: Ends,
-    orders: Orders,
-    is_separate: bool,
-    is_confined: bool,
-) -> Result<Keeper, Failure> {
-    let socket = ends.socket.try_clone().ok();
-    set_up(folder, options, ends, orders, is_separate, is_confined).map_err(|error| (socket, error))
+/// The report that something has failed.
+fn failure(error: &anyhow::Error) -> String {
+    format!("{}{error:#}", char::from(FAILED))
 }
 
-fn set_up(
-    folder: Folder,
-    options: Options,
-    ends: Ends,
-    orders: Orders,
-    is_separate: bool,
-    is_confined: bool,
-) -> Result<Keeper> {
+/// As much of a text as fits into a report.
+fn report(text: &str) -> &[u8] {
+    let text = text.as_bytes();
+    text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default()
+}
+
+fn set_up(start: Start) -> Result<Keeper> {
+    let Start { folder, options, ends, orders, is_separate, is_confined } = start;
     let mut go = [0];
     if ends.socket.recv(&mut go).context("wait for the start")? == 0 {
         bail!("husk has ended");
@@ -328,9 +330,8 @@ impl Keeper {
         while self.orders.socket.recv(&mut order).is_ok_and(|len| len > 0) {
             let saved = saved::save(&self.server, self.shared, &*self.descriptors);
             let result = saved.and_then(|known| self.orders.put(&known));
-            let text = result.err().map_or_else(|| "\n".to_owned(), |error| format!("{}{error:#}", char::from(FAILED)));
-            let text = text.as_bytes();
-            if self.orders.socket.send(text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default()).is_err() {
+            let text = result.err().map_or_else(|| "\n".to_owned(), |error| failure(&error));
+            if self.orders.socket.send(report(&text)).is_err() {
                 break;
             }
         }
@@ -341,8 +342,7 @@ impl Keeper {
 fn report_ready(link: &Link, lacks: &[String]) -> Result<()> {
     // The first line keeps the message from being empty.
     let text = format!("\n{}", lacks.join("\n"));
-    let text = text.as_bytes();
-    Ok(socket::send_now(link.socket(), text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default())?)
+    Ok(socket::send_now(link.socket(), report(&text))?)
 }
 
 impl Process {
