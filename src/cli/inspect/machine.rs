@@ -121,12 +121,9 @@ struct Binding {
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct NetworkSettings {
-    #[serde(rename = "IPAddress")]
-    ip_address: String,
-    #[serde(rename = "IPPrefixLen")]
-    ip_prefix_len: u8,
-    gateway: String,
-    mac_address: String,
+    /// The first one again.
+    #[serde(flatten)]
+    first: Network,
     ports: Ports,
     networks: BTreeMap<String, Network>,
 }
@@ -336,12 +333,8 @@ fn network_settings(record: &Record) -> NetworkSettings {
             (network_name(config), network)
         })
         .collect();
-    let first = networks.first().map(|(_, network)| network.clone()).unwrap_or_default();
     NetworkSettings {
-        ip_address: first.ip_address,
-        ip_prefix_len: first.ip_prefix_len,
-        gateway: first.gateway,
-        mac_address: first.mac_address,
+        first: networks.first().map(|(_, network)| network.clone()).unwrap_or_default(),
         ports: ports(record),
         networks: networks.into_iter().collect(),
     }
