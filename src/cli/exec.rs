@@ -10,7 +10,7 @@ use super::exit::Exit;
 use super::process::ProcessFlags;
 use crate::console::terminal;
 use crate::guest::exec::{self, End};
-use crate::guest::process::Defaults;
+use crate::image::ImageProcess;
 use crate::state_dir::events::Event;
 use crate::state_dir::record::{Inherited, State};
 use crate::state_dir::{self, MachineEntry, StateDir};
@@ -104,7 +104,7 @@ impl Exec {
 
     fn process(&mut self, from: Inherited, command: Vec<OsString>) -> Result<Process> {
         let overrides = self.process.overrides(command)?;
-        let mut process = overrides.apply_with(&Defaults::default(), from.env.into_iter().map(Vec::from).collect());
+        let mut process = overrides.apply_with(&ImageProcess::default(), from.env.into_iter().map(Vec::from).collect());
         if process.working_dir.is_empty() {
             process.working_dir = from.working_dir.into();
         }

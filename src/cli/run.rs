@@ -2,6 +2,7 @@
 
 mod docker;
 mod health;
+mod layer;
 pub mod machine;
 pub mod session;
 mod settings;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use clap::{ArgAction, Args};
 use husk_protocol::{Limit, Tmpfs};
 use log::Level;
@@ -30,15 +31,13 @@ use super::process::ProcessFlags;
 use super::{boot, signal, size};
 use crate::config::{MachineConfig, Rate};
 use crate::guest::process;
-use crate::guest::{GuestSpec, RootFs, WritableLayer};
-use crate::image::ext4::Journal;
-use crate::image::{Store, scratch};
+use crate::guest::{GuestSpec, RootFs};
 use crate::monitor::release;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::{self, Source};
 use crate::snapshot::{Snapshot, warm};
 use crate::state_dir::record::Inherited;
-use crate::state_dir::{self, LAYER, MachineDir, MachineEntry, StateDir};
+use crate::state_dir::{self, MachineDir, MachineEntry, StateDir};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
 use crate::sys::SignalFd;
 use crate::timings::{Step, Timings};
@@ -79,9 +78,6 @@ Exit codes:
   128+n  the command or the machine was terminated by signal n
   80-83  the machine failed: reset, kernel panic, triple fault, KVM error (see `husk boot --help`)
   Any other code is the exit code of the command.";
-
-/// The default size of a persistent disk, which is sparse.
-const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true, override_usage = "husk run [OPTIONS] IMAGE [COMMAND] [ARG]...")]
@@ -305,47 +301,6 @@ impl Run {
             super::print_stderr(&timings.to_string());
         }
         Ok(exit)
-    }
-
-    /// Where the writable layer of the machine is, if it stays and has one of its own.
-    fn own_layer(&self, dir: &MachineDir) -> Option<PathBuf> {
-        let has_one = self.lifecycle.stays() && self.from.is_none() && !self.machine.read_only;
-        dir.kept().filter(|_| has_one).map(Path::to_owned)
-    }
-
-    /// Gives an image, which must be `pinned` if that is given, its writable layer, the one in the directory `layer` if the machine
-    /// stays. Returns the identity of the image.
-    fn prepare_layer(
-        &self,
-        root_fs: &mut RootFs,
-        layer: Option<PathBuf>,
-        pinned: Option<&str>,
-    ) -> Result<Option<String>> {
-        let RootFs::Image { identity, writable, root, .. } = root_fs else { return Ok(None) };
-        let id = identity.map(|byte| format!("{byte:02x}")).concat();
-        ensure!(
-            pinned.is_none_or(|pinned| pinned == id),
-            "{} is another image than the one that the machine has changed: remove the machine with `husk rm`",
-            root.display()
-        );
-        *writable = self.writable_layer(*identity, layer)?;
-        Ok(Some(id))
-    }
-
-    /// The writable layer for the image `identity`.
-    fn writable_layer(&self, identity: [u8; 16], layer: Option<PathBuf>) -> Result<WritableLayer> {
-        let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
-        Ok(match (&self.keep, layer) {
-            (Some(name), _) => WritableLayer::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
-            (None, Some(dir)) => WritableLayer::Disk(scratch::of_machine(&dir.join(LAYER), size_bytes, identity)?),
-            (None, None) if self.scratch.is_some() => {
-                // A restarted guest finds the data that its predecessor left.
-                let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };
-                WritableLayer::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
-            }
-            (None, None) if self.machine.read_only => WritableLayer::None,
-            (None, None) => WritableLayer::Memory,
-        })
     }
 
     /// The volumes of the image, unless an init of the image is to mount what it needs.

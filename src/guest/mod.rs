@@ -9,12 +9,13 @@ use anyhow::{Context, Result, bail, ensure};
 use husk_protocol::{Overlay, Preload, Process, Root, Run, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::NetworkSetup;
-use self::process::{Defaults, Overrides};
+use self::process::Overrides;
 use self::shares::Share;
 use crate::config::{
     DEFAULT_CID, DiskConfig, Format, HealthCheck, MachineConfig, NetworkConfig, Transport, VsockConfig,
 };
 use crate::console::terminal;
+use crate::image::ImageProcess;
 use crate::image::scratch::Scratch;
 use crate::layout::VirtioBus;
 use crate::resources::guest_kernel::GuestKernel;
@@ -46,7 +47,7 @@ pub enum RootFs {
         /// What distinguishes it from others: a writable layer fits no other one.
         identity: [u8; 16],
         /// The image's process configuration.
-        defaults: Box<Defaults>,
+        defaults: Box<ImageProcess>,
         /// The writable layer.
         writable: WritableLayer,
         /// Keeps the image store from removing the image.
@@ -378,7 +379,7 @@ mod tests {
 
     #[test]
     fn a_waiting_machine_knows_nothing_of_the_run_that_begins_in_it() {
-        let defaults = Box::new(Defaults { cmd: vec!["sh".into()], ..Defaults::default() });
+        let defaults = Box::new(ImageProcess { cmd: vec!["sh".into()], ..ImageProcess::default() });
         let root_fs = RootFs::Image {
             root: "/root.erofs".into(),
             identity: [1; 16],

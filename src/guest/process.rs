@@ -5,30 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use husk_protocol::{Limit, Process, Rights, Tmpfs};
 
-use crate::config::HealthCheck;
-
-/// The process configuration of an image.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Defaults {
-    /// The program and its first arguments.
-    pub entrypoint: Vec<String>,
-    /// The arguments after the entrypoint, or the command if there is no entrypoint.
-    pub cmd: Vec<String>,
-    /// `NAME=VALUE` each.
-    pub env: Vec<String>,
-    /// The working directory.
-    pub working_dir: String,
-    /// The user, as in Docker's `--user`.
-    pub user: String,
-    /// The stop signal, by name or number.
-    pub stop_signal: Option<String>,
-    /// Directories whose content should outlive the machine.
-    pub volumes: Vec<String>,
-    /// The ports that it listens on, `PORT/tcp` or `PORT/udp`.
-    pub exposed_ports: Vec<String>,
-    /// How the health of a machine is checked.
-    pub healthcheck: Option<HealthCheck>,
-}
+use crate::image::ImageProcess;
 
 /// The user's overrides.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -54,13 +31,13 @@ const OPEN_FILES: Limit = Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, har
 
 impl Overrides {
     /// Applies the overrides to the image's configuration. Streams and terminal are set by the caller.
-    pub fn apply(self, image: &Defaults) -> Process {
+    pub fn apply(self, image: &ImageProcess) -> Process {
         let env = image.env.iter().map(|variable| variable.as_bytes().to_vec()).collect();
         self.apply_with(image, env)
     }
 
     /// The same, with `env` in place of the image's variables.
-    pub fn apply_with(self, image: &Defaults, mut env: Vec<Vec<u8>>) -> Process {
+    pub fn apply_with(self, image: &ImageProcess, mut env: Vec<Vec<u8>>) -> Process {
         let bytes = |text: &String| text.as_bytes().to_vec();
         let mut args: Vec<Vec<u8>> = match &self.entrypoint {
             None => image.entrypoint.iter().map(bytes).collect(),
@@ -202,18 +179,15 @@ pub fn tmpfs(text: &str) -> Result<Tmpfs, String> {
 mod tests {
     use super::*;
 
-    fn image() -> Defaults {
+    fn image() -> ImageProcess {
         let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-        Defaults {
+        ImageProcess {
             entrypoint: list(&["/entry", "-x"]),
             cmd: list(&["serve"]),
             env: list(&["A=1", "PATH=/p"]),
             working_dir: "/srv".into(),
             user: "web".into(),
-            stop_signal: None,
-            volumes: Vec::new(),
-            exposed_ports: Vec::new(),
-            healthcheck: None,
+            ..ImageProcess::default()
         }
     }
 

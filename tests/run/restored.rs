@@ -17,9 +17,10 @@ use ::husk::console::hub::Hub;
 use ::husk::console::stream_log::{DEFAULT_MAX_BYTES, LogReader, StreamLog};
 use ::husk::exit_latch::ExitReason;
 use ::husk::guest::network::{InterfaceSetup, NetworkSetup, parse_address};
-use ::husk::guest::process::{self, Defaults, Overrides};
+use ::husk::guest::process::{self, Overrides};
 use ::husk::guest::session::{Change, Endpoints, Session};
 use ::husk::guest::{GuestSpec, RootFs, WritableLayer};
+use ::husk::image::ImageProcess;
 use ::husk::machine::Machine;
 use ::husk::memory;
 use ::husk::resources::guest_kernel::{Choice, GuestKernel};
@@ -193,7 +194,7 @@ fn kernel_of(guests: &Path) -> GuestKernel {
 
 /// A machine that runs a shell command.
 fn spec(script: &str, stdin: bool, hostname: &str) -> GuestSpec {
-    let defaults = Box::new(Defaults { env: vec!["PATH=/bin".into()], ..Defaults::default() });
+    let defaults = Box::new(ImageProcess { env: vec!["PATH=/bin".into()], ..ImageProcess::default() });
     let root_fs =
         RootFs::Image { root: root(), identity: [0; 16], defaults, writable: WritableLayer::Memory, in_use: None };
     let command = ["sh", "-c", script].map(Into::into).to_vec();

@@ -13,7 +13,6 @@ use crate::cli::network::NetworkFlags;
 use crate::cli::pull::PullFlags;
 use crate::cli::size;
 use crate::config::{Invalid, MAX_CPUS, MachineConfig, Transport};
-use crate::guest::process::Defaults;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::{ImageProcess, on_demand};
 use crate::resources::guest_kernel::{Choice, GuestKernel};
@@ -70,7 +69,7 @@ impl MachineFlags {
     pub fn root_fs(&self, image: &Path, pinned: Option<&str>) -> Result<Option<RootFs>> {
         let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
             Kind::Disk => return Ok(Some(RootFs::Disk { path: image.to_owned(), readonly: self.read_only })),
-            Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
+            Kind::Root { uuid } => (image.to_owned(), ImageProcess::default(), None, uuid),
             Kind::Other => {
                 let name =
                     image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
@@ -80,30 +79,7 @@ impl MachineFlags {
                 else {
                     return Ok(None);
                 };
-                let ImageProcess {
-                    entrypoint,
-                    cmd,
-                    env,
-                    working_dir,
-                    user,
-                    stop_signal,
-                    exposed_ports,
-                    healthcheck,
-                    volumes,
-                    ..
-                } = prepared.process;
-                let defaults = Defaults {
-                    entrypoint,
-                    cmd,
-                    env,
-                    working_dir,
-                    user,
-                    stop_signal,
-                    exposed_ports,
-                    healthcheck,
-                    volumes,
-                };
-                (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
+                (prepared.root, prepared.process, Some(prepared.in_use), prepared.id.first_half())
             }
         };
         let writable = if self.read_only { WritableLayer::None } else { WritableLayer::Memory };
