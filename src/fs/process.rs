@@ -246,7 +246,10 @@ fn run(start: Start) -> ! {
     let error = match set_up(start) {
         // Its threads serve, and end the process. This one is killed when its parent is gone, which the kernel forgets of a thread
         // that acts for another user.
-        Ok(keeper) => keeper.run(),
+        Ok(keeper) => {
+            drop(socket);
+            keeper.run()
+        }
         Err(error) => socket.map(|socket| socket.send(report(&failure(&error)))),
     };
     fork::exit_now(1 + i32::from(error.is_none()))
