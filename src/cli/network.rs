@@ -4,14 +4,14 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Result, anyhow, bail, ensure};
 use clap::Args;
-use husk_protocol::InterfaceAddress;
+use husk_protocol::{InterfaceAddress, Route};
 
 use super::size;
 use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, Publish, UserNetwork};
 use crate::guest::network::{InterfaceSetup, NetworkSetup, parse_address};
 use crate::resources::bridge::{self, Lease, Wish};
-use crate::resources::{net, passt, ports};
+use crate::resources::{interface, net, passt, ports};
 
 // `--network`, `-p` and `--dns`.
 #[derive(Debug, Clone, Default, Args)]
@@ -20,14 +20,17 @@ pub(super) struct NetworkFlags {
     ///
     /// `user` is user-mode networking through passt, which needs no privileges and is started when the guest first uses
     /// the network; the guest gets its address from DHCP or from husk's init. `tap=NAME` is a tap device on the host;
-    /// husk's init configures it in the guest with `ip=ADDRESS/PREFIX` (can be repeated) and `gateway=ADDRESS`. Any
+    /// husk's init configures it in the guest with `ip=ADDRESS/PREFIX` (can be repeated) and `gateway=ADDRESS`.
+    /// `interface=NAME` is an Ethernet interface of the network namespace that husk is started in, such as one end of a veth pair:
+    /// the machine takes it over, with its MAC address, its addresses and its routes, until it ends. Any
     /// other NAME is a network created with `husk network create`, on which machines resolve each other by name and get
     /// their addresses from DHCP. Tap devices and networks use vhost-net if /dev/vhost-net exists and no rate limit is
     /// set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS` sets the MAC address; `bps=10M` and
     /// `pps=1000` limit the bytes and packets per second in each direction. `none` disables networking. The default is
     /// `none` for `husk boot` and `user` for `husk run`. On a network of `husk network create`, `ip=ADDRESS` and `alias=NAME`
     /// do what --ip and --network-alias do.
-    #[arg(long = "network", alias = "net", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
+    #[arg(long = "network", alias = "net", value_name = "user|NAME|tap=NAME|interface=NAME|none[,OPTION]...")]
+    #[arg(value_parser = network_arg)]
     networks: Vec<NetworkArg>,
 
     /// Publish a machine's port to the host, with user-mode networking or on a network of husk's; can be repeated
@@ -84,18 +87,21 @@ enum Target {
     Network(String),
 }
 
-/// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,vhost=on|off][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]...`.
+/// Parses `user|NAME|tap=NAME|interface=NAME|none[,mac=ADDRESS][,vhost=on|off][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]...`.
 pub(super) fn network_arg(text: &str) -> Result<NetworkArg, String> {
     let mut parts = text.split(',');
     let first = parts.next().unwrap_or_default();
     let to = match first.strip_prefix("name=").unwrap_or(first) {
         "none" => Target::Nothing,
         "user" => Target::Attachment(Attachment::User(UserNetwork::default())),
-        other => match other.strip_prefix("tap=") {
-            Some(name) => Target::Attachment(Attachment::Tap { name: name.to_owned() }),
+        other => match other.split_once('=') {
+            Some(("tap", name)) => Target::Attachment(Attachment::Tap { name: name.to_owned() }),
+            Some(("interface", name)) => Target::Attachment(Attachment::Interface { name: name.to_owned() }),
             None if bridge::is_name(other) => Target::Network(other.to_owned()),
-            None => {
-                return Err(format!("{other:?} is not a network: use user, tap=NAME, none or the name of a network"));
+            _ => {
+                return Err(format!(
+                    "{other:?} is not a network: use user, tap=NAME, interface=NAME, none or the name of a network"
+                ));
             }
         },
     };
@@ -216,7 +222,7 @@ impl NetworkFlags {
         }
         let first_user = interfaces.iter_mut().find_map(|interfaces| match &mut interfaces.config.to {
             Attachment::User(user) => Some(user),
-            Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
+            Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => None,
         });
         match first_user {
             Some(user) => {
@@ -328,6 +334,11 @@ impl NetworkArg {
     pub fn interface_setup(&self, machine: Option<&str>, index: usize) -> Result<Option<InterfaceSetup>> {
         let (to, mac) = match &self.to {
             Target::Nothing => return Ok(None),
+            Target::Attachment(Attachment::Interface { name }) => {
+                let mut setup = InterfaceSetup::taken_over(interface::find(name)?);
+                setup.config = self.config(setup.config.to, self.mac.or(setup.config.mac));
+                return Ok(Some(setup));
+            }
             Target::Attachment(to) => (to.clone(), self.mac),
             Target::Network(name) => {
                 let Some(machine) = machine else {
@@ -342,8 +353,8 @@ impl NetworkArg {
             }
         };
         let config = self.config(to, mac);
-        let (addresses, gateways) = (self.addresses.clone(), self.gateways.clone());
-        Ok(Some(InterfaceSetup { config, addresses, gateways, lease: None }))
+        let routes = self.gateways.iter().copied().map(Route::through).collect();
+        Ok(Some(InterfaceSetup { config, addresses: self.addresses.clone(), routes, lease: None }))
     }
 
     fn config(&self, to: Attachment, mac: Option<MacAddress>) -> NetworkConfig {

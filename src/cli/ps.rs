@@ -214,6 +214,7 @@ pub fn networks(record: &Record) -> Vec<String> {
     let name = |to: &Attachment| match to {
         Attachment::User(_) => "user".to_owned(),
         Attachment::Tap { name } => format!("tap={name}"),
+        Attachment::Interface { name } => format!("interface={name}"),
         Attachment::Bridge { name, .. } => bridge::name_of(name).unwrap_or(name).to_owned(),
     };
     record.config.networks.iter().map(|network| name(&network.to)).collect()

@@ -48,6 +48,12 @@ pub enum Attachment {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         ports: Vec<PortForward>,
     },
+    /// An interface of the network namespace that the machine is started in, which the machine takes over: a new tap device sends
+    /// what the interface receives, and the other way round.
+    Interface {
+        /// The interface's name.
+        name: String,
+    },
 }
 
 impl Attachment {
@@ -56,7 +62,7 @@ impl Attachment {
         match self {
             Attachment::User(user) => &user.ports,
             Attachment::Bridge { ports, .. } => ports,
-            Attachment::Tap { .. } => &[],
+            Attachment::Tap { .. } | Attachment::Interface { .. } => &[],
         }
     }
 }
@@ -268,7 +274,7 @@ impl NetworkConfig {
             return Err(Invalid::UserVhost);
         }
         match &self.to {
-            Attachment::Tap { name } | Attachment::Bridge { name, .. } => {
+            Attachment::Tap { name } | Attachment::Bridge { name, .. } | Attachment::Interface { name } => {
                 let good = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
                 let named = !matches!(name.as_str(), "" | "." | "..") && name.chars().all(good);
                 if !named || name.len() > MAX_INTERFACE_NAME_BYTES {

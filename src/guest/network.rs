@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
-use husk_protocol::{Identity, Interface, InterfaceAddress};
+use husk_protocol::{Identity, Interface, InterfaceAddress, Route};
 
 use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::resources::bridge::{self, Lease};
+use crate::resources::interface;
 use crate::resources::passt;
 use crate::resources::resolver::{self, Resolver};
 use crate::state_dir::identity::{IdentityRecord, InterfaceRecord, Names};
@@ -18,8 +19,8 @@ pub struct InterfaceSetup {
     pub config: NetworkConfig,
     /// The addresses, unless the network assigns them.
     pub addresses: Vec<InterfaceAddress>,
-    /// The default gateways.
-    pub gateways: Vec<IpAddr>,
+    /// Its routes besides those that follow from the addresses.
+    pub routes: Vec<Route>,
     /// Reserves the address for this machine.
     pub lease: Option<Lease>,
 }
@@ -42,18 +43,33 @@ pub struct NetworkSetup {
 
 impl From<NetworkConfig> for InterfaceSetup {
     fn from(config: NetworkConfig) -> InterfaceSetup {
-        InterfaceSetup { config, addresses: Vec::new(), gateways: Vec::new(), lease: None }
+        InterfaceSetup { config, addresses: Vec::new(), routes: Vec::new(), lease: None }
     }
 }
 
 impl InterfaceSetup {
+    /// An interface that the machine takes over, of the network namespace in which it will be opened.
+    pub fn taken_over(interface: interface::Interface) -> InterfaceSetup {
+        let to = Attachment::Interface { name: interface.name };
+        InterfaceSetup {
+            config: NetworkConfig { mac: Some(interface.mac), ..NetworkConfig::of(to) },
+            addresses: interface.addresses,
+            routes: interface.routes,
+            lease: None,
+        }
+    }
+
     /// An interface on a network that has assigned the machine an address.
     pub fn leased(lease: Lease, mac: MacAddress) -> InterfaceSetup {
         let to = Attachment::Bridge { name: lease.bridge.interface(), ports: Vec::new() };
         InterfaceSetup {
             config: NetworkConfig { mac: Some(mac), ..NetworkConfig::of(to) },
             addresses: vec![InterfaceAddress { ip: lease.address.into(), prefix: bridge::PREFIX }],
-            gateways: if lease.bridge.internal { Vec::new() } else { vec![lease.bridge.gateway().into()] },
+            routes: if lease.bridge.internal {
+                Vec::new()
+            } else {
+                vec![Route::through(lease.bridge.gateway().into())]
+            },
             lease: Some(lease),
         }
     }
@@ -76,7 +92,7 @@ impl NetworkSetup {
         let mut resolver = resolver::of_host();
         let user = setups.iter().find_map(|setup| match &setup.config.to {
             Attachment::User(user) => Some(user),
-            Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
+            Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => None,
         });
         let named: Vec<IpAddr> =
             setups.iter().filter_map(|setup| setup.lease.as_ref()).map(|lease| lease.bridge.gateway().into()).collect();
@@ -88,12 +104,14 @@ impl NetworkSetup {
         } else if let Some(user) = user {
             resolver.servers = passt::dns_servers(user, &resolver);
         }
-        let interfaces = setups.iter().filter_map(interface).collect();
+        let interfaces = setups.iter().filter_map(in_guest).collect();
         let (mut configs, mut records, mut leases) = (Vec::new(), Vec::new(), Vec::new());
         for setup in setups {
             configs.push(setup.config);
             let aliases = setup.lease.as_ref().map_or(Vec::new(), |lease| lease.aliases.clone());
-            records.push(InterfaceRecord { addresses: setup.addresses, gateways: setup.gateways, aliases });
+            let default = setup.routes.iter().filter(|route| route.destination.is_none());
+            let gateways = default.filter_map(|route| route.gateway).collect();
+            records.push(InterfaceRecord { addresses: setup.addresses, gateways, aliases });
             leases.extend(setup.lease);
         }
         NetworkSetup { configs, interfaces, resolver, dns: dns.to_vec(), records, leases, ..NetworkSetup::default() }
@@ -170,22 +188,22 @@ pub fn on_devices(mut interfaces: Vec<Interface>, devices: &[NetworkConfig]) -> 
     Ok(interfaces)
 }
 
-fn interface(setup: &InterfaceSetup) -> Option<Interface> {
+fn in_guest(setup: &InterfaceSetup) -> Option<Interface> {
     // Without a MAC address the guest could not identify the interface.
     let mac = setup.config.mac?.0;
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
     Some(match &setup.config.to {
-        Attachment::Tap { .. } | Attachment::Bridge { .. } => {
-            Interface { device_mac: mac, mac, addresses: setup.addresses.clone(), gateways: setup.gateways.clone() }
+        Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => {
+            Interface { device_mac: mac, mac, addresses: setup.addresses.clone(), routes: setup.routes.clone() }
         }
         Attachment::User(_) => {
             let mut addresses = vec![address(passt::GUEST.into(), passt::PREFIX)];
-            let mut gateways = vec![IpAddr::from(passt::GATEWAY)];
+            let mut routes = vec![Route::through(passt::GATEWAY.into())];
             if passt::Routes::at_start().ipv6 {
                 addresses.push(address(passt::GUEST_V6.into(), passt::PREFIX_V6));
-                gateways.push(passt::GATEWAY_V6.into());
+                routes.push(Route::through(passt::GATEWAY_V6.into()));
             }
-            Interface { device_mac: mac, mac, addresses, gateways }
+            Interface { device_mac: mac, mac, addresses, routes }
         }
     })
 }
@@ -201,7 +219,7 @@ mod tests {
             config,
             lease: None,
             addresses: vec![parse_address("192.0.2.2/24").unwrap()],
-            gateways: Vec::new(),
+            routes: Vec::new(),
         }
     }
 
@@ -217,7 +235,7 @@ mod tests {
     fn the_guests_configuration_matches_its_network() {
         let user = NetworkSetup::new(vec![setup(Attachment::User(UserNetwork::default()))], &[]);
         assert_eq!(user.own_address(), Some(passt::GUEST.into()));
-        assert_eq!(user.interfaces[0].gateways[0], IpAddr::from(passt::GATEWAY));
+        assert_eq!(user.interfaces[0].routes[0], Route::through(passt::GATEWAY.into()));
         assert!(String::from_utf8(user.resolv_conf().unwrap()).unwrap().contains("nameserver "));
         let dns = ["192.0.2.53".parse().unwrap()];
         let tap = NetworkSetup::new(vec![setup(Attachment::Tap { name: "t".into() })], &dns);

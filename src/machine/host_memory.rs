@@ -49,7 +49,9 @@ fn disk_bytes(disk: &DiskConfig) -> u64 {
 fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
     match network.to {
         Attachment::User(_) => net::budget_bytes(1) + passt::BUDGET_BYTES,
-        Attachment::Tap { .. } | Attachment::Bridge { .. } => net::budget_bytes(interface::pairs(cpus)),
+        Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => {
+            net::budget_bytes(interface::pairs(cpus))
+        }
     }
 }
 

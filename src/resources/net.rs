@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 use sha2::{Digest, Sha256};
 
-use super::{bridge, passt};
+use super::{bridge, interface, passt};
 use crate::backend::net::{HEADER_BYTES, NetBackend, TapCounts, TapNet};
 use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, MachineConfig, NetworkConfig};
@@ -106,6 +106,12 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Netwo
             let (taps, own_name) =
                 open_tap(TAP_NAMES, pairs).with_context(|| format!("create a tap device for {name}"))?;
             bridge::attach(&own_name, name)?;
+            Ok((on_tap(taps, &own_name, mac, vhost)?, None))
+        }
+        Attachment::Interface { name } => {
+            let (taps, own_name) =
+                open_tap(TAP_NAMES, pairs).with_context(|| format!("create a tap device for {name}"))?;
+            interface::take_over(name, &own_name)?;
             Ok((on_tap(taps, &own_name, mac, vhost)?, None))
         }
     }

@@ -126,7 +126,9 @@ fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
     let networks = config.networks.iter().map(|network| NetworkConfig {
         to: match &network.to {
             Attachment::User(_) => Attachment::User(UserNetwork::default()),
-            Attachment::Tap { .. } | Attachment::Bridge { .. } => Attachment::Tap { name: String::new() },
+            Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => {
+                Attachment::Tap { name: String::new() }
+            }
         },
         mac: None,
         rate: Rate::default(),

@@ -27,7 +27,7 @@ use ::husk::resources::guest_kernel::{Choice, GuestKernel};
 use ::husk::resources::{self, Outside, Resources, SnapshotFiles, Source};
 use ::husk::snapshot::Received;
 use ::husk::timings::Timings;
-use husk_protocol::{PORT, ToHost};
+use husk_protocol::{PORT, Route, ToHost};
 
 use super::guests::guests;
 use super::uplink::is_lab;
@@ -333,8 +333,8 @@ fn device(last: u8) -> NetworkConfig {
 
 fn connected(mut spec: GuestSpec, last: u8) -> GuestSpec {
     let addresses = vec![parse_address(&format!("198.18.20.{last}/24")).unwrap()];
-    let gateways = vec!["198.18.20.1".parse().unwrap()];
-    let setup = InterfaceSetup { addresses, gateways, ..device(last).into() };
+    let routes = vec![Route::through("198.18.20.1".parse().unwrap())];
+    let setup = InterfaceSetup { addresses, routes, ..device(last).into() };
     spec.connect(NetworkSetup::new(vec![setup], &["192.0.2.53".parse().unwrap()]));
     spec
 }

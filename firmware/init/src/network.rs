@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use husk_protocol::{Interface, InterfaceAddress};
+use husk_protocol::{Interface, InterfaceAddress, Route};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use nix::unistd::{read, write};
@@ -35,11 +35,13 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// The address is unique, and usable immediately.
 const IFA_F_NODAD: u8 = 0x02;
+const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_BOOT: u8 = 3;
 const RT_SCOPE_UNIVERSE: u8 = 0;
+const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
 const IFF_UP: u32 = 1;
 
@@ -67,7 +69,7 @@ impl Network {
     /// Configures an interface that was configured like `known`. If that differs, it is taken back first, with all routes through
     /// the interface.
     pub fn change(&self, known: &Interface, interface: &Interface) -> Result<(), Failure> {
-        let settings = |of: &Interface| (of.mac, of.addresses.clone(), of.gateways.clone());
+        let settings = |of: &Interface| (of.mac, of.addresses.clone(), of.routes.clone());
         if settings(known) == settings(interface) {
             return Ok(());
         }
@@ -91,8 +93,9 @@ impl Network {
             self.ask(&new_address(index, *ip, *prefix))
                 .context(format_args!("give {name} the address {ip}/{prefix}"))?;
         }
-        for gateway in &interface.gateways {
-            self.ask(&new_route(index, *gateway)).context(format_args!("route through {gateway} on {name}"))?;
+        for route in &interface.routes {
+            let Some(message) = new_route(index, route) else { continue };
+            self.ask(&message).context(format_args!("add the route {route:?} on {name}"))?;
         }
         Ok(())
     }
@@ -198,15 +201,23 @@ fn address(mut message: Message, index: u32, ip: IpAddr, prefix: u8) -> Message 
     message
 }
 
-/// A default route.
-fn new_route(index: u32, gateway: IpAddr) -> Message {
+/// A route, unless it says nothing.
+fn new_route(index: u32, route: &Route) -> Option<Message> {
     let mut message = Message::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE);
-    let (family, bytes) = family(gateway);
+    let destination = route.destination.filter(|destination| destination.prefix > 0);
+    let (family_number, _) = family(route.gateway.or(destination.map(|destination| destination.ip))?);
+    let prefix = destination.map_or(0, |destination| destination.prefix);
+    let scope = if route.gateway.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
     // struct rtmsg: family, lengths of destination and source, type of service, table, protocol, scope, type, flags.
-    message.put(&[family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0, 0, 0, 0]);
-    message.attribute(RTA_GATEWAY, &bytes);
+    message.put(&[family_number, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST, 0, 0, 0, 0]);
+    if let Some(destination) = destination {
+        message.attribute(RTA_DST, &family(destination.ip).1);
+    }
+    if let Some(gateway) = route.gateway {
+        message.attribute(RTA_GATEWAY, &family(gateway).1);
+    }
     message.attribute(RTA_OIF, &index.to_ne_bytes());
-    message
+    Some(message)
 }
 
 fn family(ip: IpAddr) -> (u8, Vec<u8>) {
@@ -248,8 +259,12 @@ mod tests {
         let up = link(2, Some([2, 0, 0, 0, 0, 1]), true);
         assert_eq!(up.finish()[24..], [1, 0, 0, 0, 1, 0, 0, 0, 10, 0, 1, 0, 2, 0, 0, 0, 0, 1, 0, 0]);
         assert_eq!(link(2, None, false).finish()[24..], [0, 0, 0, 0, 1, 0, 0, 0]);
-        for message in [up, old_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)]
-        {
+        for message in [
+            up,
+            old_address(2, v6, 64),
+            new_address(2, "10.0.2.15".parse().unwrap(), 24),
+            new_route(2, &Route::through(v6)).unwrap(),
+        ] {
             let bytes = message.finish();
             assert_eq!(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize, bytes.len());
             assert_eq!(bytes.len() % ALIGNMENT, 0);

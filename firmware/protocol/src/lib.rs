@@ -22,8 +22,8 @@ pub mod tree;
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{Process, Renewal, Rights, ToGuest, ToHost, WindowSize};
 pub use spec::{
-    FIXED_PATH, Identity, Interface, InterfaceAddress, Limit, Overlay, Preload, Root, Run, SPEC_PATH, Share, Spec,
-    Start, Tmpfs,
+    FIXED_PATH, Identity, Interface, InterfaceAddress, Limit, Overlay, Preload, Root, Route, Run, SPEC_PATH, Share,
+    Spec, Start, Tmpfs,
 };
 
 /// The vsock port that either side listens on.
@@ -54,7 +54,7 @@ pub const IDLE: &str = "idle";
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 11;
+pub const VERSION: u16 = 12;
 /// The maximum number of bytes of a stream that are on their way: written by the guest, and not yet in the host's socket.
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).

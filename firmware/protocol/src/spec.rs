@@ -93,8 +93,24 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// Its addresses. Without any, the interface is only brought up.
     pub addresses: Vec<InterfaceAddress>,
-    /// The default gateways.
-    pub gateways: Vec<IpAddr>,
+    /// Its routes besides those that follow from its addresses, in the order they are added.
+    pub routes: Vec<Route>,
+}
+
+/// A route through an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Where it leads; `None` is everywhere.
+    pub destination: Option<InterfaceAddress>,
+    /// Through whom; `None` is a destination on the link.
+    pub gateway: Option<IpAddr>,
+}
+
+impl Route {
+    /// The default route through `gateway`.
+    pub fn through(gateway: IpAddr) -> Route {
+        Route { destination: None, gateway: Some(gateway) }
+    }
 }
 
 /// An address of an interface.
@@ -211,7 +227,7 @@ mod tests {
                 device_mac: [2, 0, 0, 0, 0, 2],
                 mac: [2, 0, 0, 0, 0, 1],
                 addresses: vec![InterfaceAddress { ip: IpAddr::from([10, 0, 2, 15]), prefix: 24 }],
-                gateways: vec![IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1])],
+                routes: vec![Route::through(IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1]))],
             }],
         };
         let tmpfs = vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }];

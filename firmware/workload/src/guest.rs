@@ -1,7 +1,6 @@
 //! PID 1 of a machine without another init: sets up what a container's runtime provides.
 
 use std::fs;
-use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +9,7 @@ use std::time::Duration;
 use husk_init::errors::{CODE_NOT_EXECUTABLE, CODE_NOT_FOUND, Context, Failure};
 use husk_init::network::Network;
 use husk_init::root::{mount_at, mount_device};
-use husk_protocol::{Interface, InterfaceAddress};
+use husk_protocol::{Interface, InterfaceAddress, Route};
 use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
@@ -108,8 +107,8 @@ fn interface(net: &Net) -> Result<Interface, Failure> {
     let text = fs::read_to_string(Path::new(INTERFACE).join("address")).context("look at eth0")?;
     let mac = parse_mac(text.trim()).ok_or_else(|| Failure::new("eth0 has no Ethernet address"))?;
     let addresses = vec![InterfaceAddress { ip: net.ip, prefix: net.prefix }];
-    let gateways: Vec<IpAddr> = vec![net.gateway];
-    Ok(Interface { device_mac: mac, mac, addresses, gateways })
+    let routes = vec![Route::through(net.gateway)];
+    Ok(Interface { device_mac: mac, mac, addresses, routes })
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {

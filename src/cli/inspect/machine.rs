@@ -292,7 +292,7 @@ fn host_config(record: &Record) -> HostConfig {
 fn network_name(network: &NetworkConfig) -> String {
     match &network.to {
         Attachment::User(_) => "user".to_owned(),
-        Attachment::Tap { name } => name.clone(),
+        Attachment::Tap { name } | Attachment::Interface { name } => name.clone(),
         Attachment::Bridge { name, .. } => bridge::name_of(name).unwrap_or(name).to_owned(),
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use husk_protocol::Route;
 
 use crate::cli::network::{NetworkArg, network_arg};
 use crate::config::{Attachment, MachineConfig, NetworkConfig, PortForward, UserNetwork};
@@ -142,7 +143,7 @@ impl IdentityFlags {
         let mac = kept.unwrap_or_else(|| net::mac_of(name, index));
         let shared = match &device.to {
             Attachment::Bridge { name: interface, .. } => bridge::name_of(interface),
-            Attachment::User(_) | Attachment::Tap { .. } => None,
+            Attachment::User(_) | Attachment::Tap { .. } | Attachment::Interface { .. } => None,
         };
         let mut setup = match (self.networks.get(index), shared) {
             (Some(arg), _) => {
@@ -163,7 +164,8 @@ impl IdentityFlags {
         };
         setup.config.mac.get_or_insert(mac);
         if setup.lease.is_none() && setup.addresses.is_empty() && shared.is_none() {
-            (setup.addresses, setup.gateways) = (known.addresses, known.gateways);
+            setup.addresses = known.addresses;
+            setup.routes = known.gateways.into_iter().map(Route::through).collect();
         }
         Ok(setup)
     }
@@ -179,7 +181,7 @@ impl IdentityFlags {
             .or_else(|| all.iter().position(|network| matches!(network.to, Attachment::Bridge { .. })));
         let user = first.and_then(|first| all.get_mut(first)).and_then(|network| match &mut network.to {
             Attachment::User(UserNetwork { ports, .. }) | Attachment::Bridge { ports, .. } => Some(ports),
-            Attachment::Tap { .. } => None,
+            Attachment::Tap { .. } | Attachment::Interface { .. } => None,
         });
         match user {
             Some(_) if self.ports.is_empty() && is_same => {}
