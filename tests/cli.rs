@@ -295,6 +295,15 @@ fn a_run_without_a_process_has_a_distinct_exit_code() {
     }
 }
 
+/// Completes WORDS in a zsh on a terminal of its own, and prints that terminal's output.
+const ZSH: &str = r#"
+zmodload zsh/zpty
+zpty shell TERM=dumb zsh -f -i
+zpty -w shell "SETUP; complete() { zle complete-word; print -r -- \"=\$BUFFER=\"; exit }; zle -N complete; bindkey '^X' complete"
+zpty -w -n shell $'WORDS\x18'
+while zpty -r shell output; do print -r -- $output; done
+"#;
+
 #[test]
 fn shells_complete_names() {
     let data = tempfile::tempdir().unwrap();
@@ -327,6 +336,21 @@ fn shells_complete_names() {
     assert!(complete("husk rmi wor").contains("worker:latest "), "{}", complete("husk rmi wor"));
     assert!(complete("husk rmi --fo").contains("--force ") && !complete("husk rmi --fo").contains("web"));
     assert!(complete("husk volume rm da").contains("data "));
+    let fish =
+        |words: &str| run("fish", &["-N", "-c", &format!("husk completions fish | source; complete -C '{words}'")]);
+    assert_eq!((fish("husk rmi wor"), fish("husk volume rm ")), ("worker:latest\n".into(), "data\n".into()));
+    // The completion of zsh needs a terminal: the word is completed there, and the line is printed.
+    let functions = data.path().join("functions");
+    fs::create_dir(&functions).unwrap();
+    fs::write(functions.join("_husk"), stdout(&["completions", "zsh"])).unwrap();
+    let zsh = |words: &str| {
+        let setup = format!("fpath=({} $fpath); autoload -U compinit; compinit -u -D", functions.display());
+        run("zsh", &["-f", "-c", &ZSH.replace("SETUP", &setup).replace("WORDS", words)])
+    };
+    for (words, completed) in [("husk volume rm d", "husk volume rm data "), ("husk rmi wo", "husk rmi worker:latest ")]
+    {
+        assert!(zsh(words).contains(&format!("={completed}=")), "{words}: {:?}", zsh(words));
+    }
 
     for (words, printed) in [
         (

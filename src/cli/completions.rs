@@ -53,33 +53,48 @@ impl Completions {
     pub fn run(self) -> Result<Exit> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut super::Cli::command(), "husk", &mut script);
-        let script = String::from_utf8_lossy(&script).into_owned();
-        super::print(&(script + &names_script(self.shell)))?;
+        super::print(&with_names(self.shell, &String::from_utf8_lossy(&script)))?;
         Ok(Exit::Success)
     }
 }
 
-/// What is added to clap's script.
-fn names_script(shell: Shell) -> String {
+/// Clap's script with what completes names.
+fn with_names(shell: Shell, script: &str) -> String {
     let cases =
         |line: &dyn Fn(&str, &str) -> String| NAMES.iter().map(|(kind, words)| line(kind, words)).collect::<String>();
     match shell {
         Shell::Bash => {
             let cases = cases(&|kind, words| format!("        {}) kind={kind} ;;\n", words.replace(' ', "|")));
-            BASH.replace("CASES\n", &cases)
+            script.to_owned() + &BASH.replace("CASES\n", &cases)
         }
         Shell::Zsh => {
-            let cases = cases(&|kind, words| format!("        {}) kind={kind} ;;\n", words.replace(' ', "|")));
-            ZSH.replace("CASES\n", &cases)
+            let cases = cases(&|kind, words| {
+                format!("        husk-command-({0})|husk-({0})-command-*) kind={kind} ;;\n", words.replace(' ', "|"))
+            });
+            // Clap's last lines complete the first word of a session.
+            let (functions, end) = script.rsplit_once(ZSH_END).unwrap_or((script, ""));
+            let positional = |line: &str| match line.starts_with("'*:") || line.starts_with("':") {
+                true => line.replace(":_default'", ":_husk_names'") + "\n",
+                false => line.to_owned() + "\n",
+            };
+            let functions: String = functions.lines().map(positional).collect();
+            functions + &ZSH.replace("CASES\n", &cases) + ZSH_END + end
         }
-        Shell::Fish => cases(&|kind, words| {
-            format!(
-                "complete -c husk -n '__fish_seen_subcommand_from {words}' -a '(command husk __complete {kind} 2>/dev/null)'\n"
-            )
-        }),
-        _ => String::new(),
+        Shell::Fish => {
+            let names = cases(&|kind, words| {
+                let no_files = if FILES.contains(&kind) { "" } else { " -f" };
+                format!(
+                    "complete -c husk{no_files} -n '__fish_seen_subcommand_from {words}' -a '(command husk __complete {kind} 2>/dev/null)'\n"
+                )
+            });
+            script.to_owned() + &names
+        }
+        _ => script.to_owned(),
     }
 }
+
+/// Where a file may stand as well: `husk run ./image.tar`, `husk cp FILE MACHINE:PATH`.
+const FILES: [&str; 2] = ["images", "machines"];
 
 /// Names where a word is no option, and otherwise what clap knows.
 const BASH: &str = r#"
@@ -103,20 +118,24 @@ CASES
 complete -F _husk_with_names -o nosort -o bashdefault -o default husk 2>/dev/null || complete -F _husk_with_names -o bashdefault -o default husk
 "#;
 
+/// Where clap's script begins to complete.
+const ZSH_END: &str = "if [ \"$funcstack[1]\" ";
+
+/// Completes arguments that are no options. Clap leaves the subcommand in the context.
 const ZSH: &str = r#"
-_husk_with_names() {
+_husk_names() {
     local kind=
-    case ${words[2]-} in
+    local -a names
+    case ${${curcontext%:*}##*:} in
 CASES
     esac
-    if [[ -n $kind && $CURRENT -gt 2 && $PREFIX != -* ]]; then
-        local -a names
+    if [[ -n $kind ]]; then
         names=(${(f)"$(command husk __complete $kind 2>/dev/null)"})
         compadd -a names
     fi
-    _husk "$@"
+    [[ -n $kind && $kind != (images|machines) ]] || _files
 }
-compdef _husk_with_names husk
+
 "#;
 
 impl Names {
