@@ -1,19 +1,24 @@
-//! Parses JSON that a user, Docker or an earlier husk has written: a machine's configuration and record, and credentials. What is
-//! accepted is written and read again unchanged.
+//! Parses JSON that a user, Docker or an earlier husk has written: a machine's configuration and record, credentials, and profiles of
+//! system calls. What is accepted is written and read again unchanged.
 //!
-//! Covers: config.rs config state_dir/record.rs image/registry/credentials.rs
+//! Covers: guest/seccomp.rs config.rs config state_dir/record.rs image/registry/credentials.rs
 #![no_main]
 
 use std::fs;
 use std::path::Path;
 
-use husk::config::{MachineConfig, MacAddress};
+use husk::config::{MacAddress, MachineConfig};
+use husk::guest::seccomp::Profile;
 use husk::image::fuzzing;
 use husk::state_dir::record::Record;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     fuzzing::credentials(bytes);
+    if let Ok(filter) = Profile::parse(bytes).and_then(|profile| profile.compile(1 << 21)) {
+        // What the kernel takes has at most 4096 instructions of 8 bytes.
+        assert!(filter.program.len() % 8 == 0 && filter.program.len() <= 4096 * 8);
+    }
     if let Ok(record) = serde_json::from_slice::<Record>(bytes) {
         let text = serde_json::to_vec(&record).expect("it can be written");
         assert_eq!(serde_json::from_slice::<Record>(&text).ok(), Some(record));
@@ -40,7 +45,9 @@ fn write_seeds() {
     let docker = r#"{"auths":{"registry.example":{"auth":"dXNlcjpwYXNzd29yZA=="},"https://index.docker.io/v1/":{}},
         "credsStore":"none"}"#;
     let podman = r#"{"auths":{"registry.example/team/app":{"auth":"dXNlcjpwYXNzd29yZA=="}}}"#;
-    for (name, text) in [("machine", machine), ("docker", docker), ("podman", podman)] {
+    let profile = r#"{"defaultAction":"SCMP_ACT_ERRNO","architectures":["SCMP_ARCH_X86"],"syscalls":[{"names":["read"],
+        "action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":1,"valueTwo":1,"op":"SCMP_CMP_MASKED_EQ"}]}]}"#;
+    for (name, text) in [("machine", machine), ("docker", docker), ("podman", podman), ("profile", profile)] {
         fs::write(corpus.join(name), text).expect("the corpus can be written");
     }
 }

@@ -29,6 +29,7 @@ pub mod initramfs;
 pub mod network;
 mod output;
 pub mod process;
+pub mod seccomp;
 pub mod session;
 pub mod shares;
 pub mod signal;

@@ -1,8 +1,7 @@
 //! System call filters (seccomp(2)) of a monitor process, one for each kind of thread. A call that is not in the table of
 //! the thread's role ends the process; a handler for SIGSYS reports which.
 //!
-//! A filter finds the number of a call by binary search among ranges of numbers. When it is installed, the kernel compiles it
-//! and runs it for each of some 450 numbers, once for each thread of a machine: it must be short, and its paths as well.
+//! The kernel compiles a filter once for each thread of a machine (see [`super::bpf`]).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,20 +10,13 @@ use std::process;
 use std::sync::OnceLock;
 
 use libc::{
-    BPF_ABS, BPF_ALU, BPF_AND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W,
-    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
+    BPF_JEQ, BPF_JSET, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
 };
 
 use super::ThreadRole;
+use super::bpf::{ARCH, ARCH_X86_64, ARGUMENTS, NUMBER, and, jump, load, ranges, search, stop};
 use super::tables::{self, Argument};
 use crate::sys::{seccomp, violation};
-
-/// AUDIT_ARCH_X86_64 (linux/audit.h).
-const ARCH_X86_64: u32 = 0xc000_003e;
-/// The offsets in `struct seccomp_data` (linux/seccomp.h).
-const NUMBER: u32 = 0;
-const ARCH: u32 = 4;
-const ARGUMENTS: u32 = 16;
 
 /// The filters, compiled once each. Unset in a process without filters.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
@@ -86,44 +78,7 @@ fn compile(role: ThreadRole) -> Vec<sock_filter> {
         // Numbers of the x32 ABI are larger than any in the tables.
         load(NUMBER),
     ];
-    [start.to_vec(), search(&ranges(calls))].concat()
-}
-
-/// The verdicts on all numbers: each holds from its number on, up to that of the next one.
-fn ranges(calls: BTreeMap<u32, Verdict>) -> Vec<(u32, Verdict)> {
-    let mut ranges = vec![(0, Verdict::Denied)];
-    let mut push = |from: u32, verdict: Verdict| match ranges.last_mut() {
-        Some((last, replaced)) if *last == from => *replaced = verdict,
-        Some((_, before)) if *before == verdict => {}
-        _ => ranges.push((from, verdict)),
-    };
-    for (number, verdict) in calls {
-        push(number, verdict);
-        push(number + 1, Verdict::Denied);
-    }
-    // What was replaced may have left neighbors with the same verdict.
-    ranges.dedup_by(|next, before| next.1 == before.1);
-    ranges
-}
-
-/// Finds the range of the number that was loaded.
-fn search(ranges: &[(u32, Verdict)]) -> Vec<sock_filter> {
-    let (lower, upper) = match ranges {
-        [] => return vec![stop(SECCOMP_RET_TRAP)],
-        [(_, verdict)] => return decide(verdict),
-        _ => ranges.split_at(ranges.len() / 2),
-    };
-    let first = upper.first().map_or(0, |(from, _)| *from);
-    let (lower, upper) = (search(lower), search(upper));
-    let skip = match u8::try_from(lower.len()) {
-        Ok(over) => vec![jump(BPF_JGE, first, over, 0)],
-        // A conditional jump reaches only 255 instructions.
-        Err(_) => {
-            let skip = sock_filter { code: (BPF_JMP | BPF_JA) as u16, jt: 0, jf: 0, k: lower.len() as u32 };
-            vec![jump(BPF_JGE, first, 0, 1), skip]
-        }
-    };
-    [skip, lower, upper].concat()
+    [start.to_vec(), search(&ranges(calls, Verdict::Denied), &decide)].concat()
 }
 
 /// Ends the filter with the verdict on a call.
@@ -175,30 +130,14 @@ fn check_all(conditions: &[Argument]) -> Vec<sock_filter> {
     rest
 }
 
-fn and(mask: u32) -> sock_filter {
-    sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: mask }
-}
-
 /// Loads the lower half of an argument, which is all that the kernel uses of those in the tables.
 fn argument(index: u8) -> sock_filter {
     load(ARGUMENTS + 8 * u32::from(index))
 }
 
-fn load(offset: u32) -> sock_filter {
-    sock_filter { code: (BPF_LD | BPF_W | BPF_ABS) as u16, jt: 0, jf: 0, k: offset }
-}
-
-/// Compares what was loaded with `k`, and skips `jt` instructions if it is true, or `jf` if not.
-fn jump(comparison: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
-    sock_filter { code: (BPF_JMP | comparison | BPF_K) as u16, jt, jf, k }
-}
-
-fn stop(action: u32) -> sock_filter {
-    sock_filter { code: (BPF_RET | BPF_K) as u16, jt: 0, jf: 0, k: action }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::bpf::tests::run;
     use super::super::tables::Call;
     use super::*;
 
@@ -213,37 +152,6 @@ mod tests {
         (ThreadRole::Downloader, 60),
         (ThreadRole::Share, 70),
     ];
-
-    /// Runs a filter as the kernel does. Returns its action and the number of instructions.
-    fn run(program: &[sock_filter], arch: u32, number: u32, arguments: [u64; 6]) -> (u32, usize) {
-        let (mut at, mut loaded, mut steps) = (0, 0_u32, 0);
-        loop {
-            let sock_filter { code, jt, jf, k } = program[at];
-            steps += 1;
-            let is = |operation| u32::from(code) == operation;
-            let branch = |holds| usize::from(if holds { jt } else { jf });
-            at += 1 + match k {
-                _ if is(BPF_RET | BPF_K) => return (k, steps),
-                _ if is(BPF_LD | BPF_W | BPF_ABS) => {
-                    loaded = match k {
-                        NUMBER => number,
-                        ARCH => arch,
-                        offset => arguments[(offset - ARGUMENTS) as usize / 8] as u32,
-                    };
-                    0
-                }
-                _ if is(BPF_ALU | BPF_AND | BPF_K) => {
-                    loaded &= k;
-                    0
-                }
-                _ if is(BPF_JMP | BPF_JA) => k as usize,
-                _ if is(BPF_JMP | BPF_JEQ | BPF_K) => branch(loaded == k),
-                _ if is(BPF_JMP | BPF_JGE | BPF_K) => branch(loaded >= k),
-                _ if is(BPF_JMP | BPF_JSET | BPF_K) => branch(loaded & k != 0),
-                _ => panic!("{code:#x}"),
-            };
-        }
-    }
 
     /// An argument that meets a condition, by its index.
     fn meeting(condition: &Argument) -> (u8, u32) {

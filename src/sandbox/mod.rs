@@ -5,6 +5,7 @@
 //! call, by the tables in `tables.rs`. `folder.rs` confines a process to a folder.
 
 pub mod affinity;
+pub mod bpf;
 pub mod cgroup;
 mod confine;
 mod filter;

@@ -52,11 +52,20 @@ enum Stage {
     Cgroup,
     Directory,
     Identity,
+    Filter,
     Program,
 }
 
-const STAGES: [Stage; 7] =
-    [Stage::Session, Stage::Streams, Stage::Limits, Stage::Cgroup, Stage::Directory, Stage::Identity, Stage::Program];
+const STAGES: [Stage; 8] = [
+    Stage::Session,
+    Stage::Streams,
+    Stage::Limits,
+    Stage::Cgroup,
+    Stage::Directory,
+    Stage::Identity,
+    Stage::Filter,
+    Stage::Program,
+];
 
 /// The absolute working directory.
 pub fn working_dir(process: &Process) -> PathBuf {
@@ -163,6 +172,10 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     chdir(&working_dir(process)).map_err(at(Stage::Directory))?;
     let dropped = process.rights.dropped_capabilities;
     sys::drop_capabilities(dropped).map_err(io).map_err(at(Stage::Identity))?;
+    let filter = process.rights.filter.as_ref();
+    let install = |filter| sys::filter_calls(filter).map_err(io).map_err(at(Stage::Filter));
+    // Who may get more rights later needs CAP_SYS_ADMIN for it, which the user may not have.
+    filter.filter(|_| !process.rights.no_new_privileges).map_or(Ok(()), install)?;
     let groups: Vec<Gid> = identity.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     setgroups(&groups)
         .and_then(|()| setgid(Gid::from_raw(identity.gid)))
@@ -172,7 +185,9 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
         sys::forbid_new_privileges().map_err(io).map_err(at(Stage::Identity))?;
     }
     sys::set_default_action(Signal::SIGPIPE);
-    SigSet::empty().thread_set_mask().map_err(at(Stage::Session))
+    SigSet::empty().thread_set_mask().map_err(at(Stage::Session))?;
+    // Last, so that the program's filter decides on as few calls of init's as possible.
+    filter.filter(|_| process.rights.no_new_privileges).map_or(Ok(()), install)
 }
 
 /// Tries each path in order, and returns the most significant error.
@@ -241,6 +256,7 @@ fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
         Some(Stage::Directory) => format!("enter the working directory {}: {why}", dir.display()),
         Some(Stage::Cgroup) => format!("limit the number of processes: {why}"),
         Some(Stage::Limits) => format!("set the resource limits: {why}"),
+        Some(Stage::Filter) => format!("install the system call filter: {why}"),
         Some(Stage::Identity) => format!("switch to user {:?}: {why}", process.user),
         _ => format!("start {name}: {why}"),
     };

@@ -6,7 +6,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use husk_protocol::{Limit, WindowSize};
+use husk_protocol::{CallFilter, Limit, WindowSize};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{SigHandler, Signal};
@@ -127,6 +127,23 @@ pub fn drop_capabilities(mask: u64) -> io::Result<()> {
 pub fn forbid_new_privileges() -> io::Result<()> {
     // SAFETY: the call accesses no memory.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
+}
+
+/// Subjects the system calls of this process and its children to a filter, which cannot be removed.
+pub fn filter_calls(filter: &CallFilter) -> io::Result<()> {
+    let instruction = |bytes: &[u8]| {
+        let [c0, c1, jt, jf, k0, k1, k2, k3] = *bytes else { return None };
+        let (code, k) = (u16::from_le_bytes([c0, c1]), u32::from_le_bytes([k0, k1, k2, k3]));
+        Some(libc::sock_filter { code, jt, jf, k })
+    };
+    let program: Option<Vec<_>> = filter.program.chunks(CallFilter::INSTRUCTION_BYTES).map(instruction).collect();
+    let program = program.ok_or(io::ErrorKind::InvalidData)?;
+    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidData)?;
+    let whole = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the kernel reads as many instructions as `program` has, and validates them.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, filter.flags, &raw const whole) };
+    check(result as i32)
 }
 
 /// Extends the connect timeout of a socket, which is two seconds by default.

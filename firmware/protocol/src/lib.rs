@@ -20,7 +20,7 @@ mod spec;
 pub mod tree;
 
 pub use hello::{HELLO_BYTES, Hello, Role};
-pub use session::{Process, Renewal, Rights, ToGuest, ToHost, WindowSize};
+pub use session::{CallFilter, Process, Renewal, Rights, ToGuest, ToHost, WindowSize};
 pub use spec::{
     FIXED_PATH, Identity, Interface, InterfaceAddress, Limit, Overlay, Preload, Root, Route, Run, SPEC_PATH, Share,
     Spec, Start, Tmpfs,

@@ -38,8 +38,25 @@ pub struct Rights {
     pub dropped_capabilities: u64,
     /// Whether executing a program never gives it more rights.
     pub no_new_privileges: bool,
+    /// Decides on its system calls and those of its children, if there is one.
+    #[serde(default)]
+    pub filter: Option<CallFilter>,
     /// The maximum number of processes and threads of all processes with such a limit together.
     pub processes_max: Option<u32>,
+}
+
+/// A system call filter, as seccomp(2) takes it for SECCOMP_SET_MODE_FILTER.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallFilter {
+    /// SECCOMP_FILTER_FLAG_…
+    pub flags: u64,
+    /// Its instructions (`struct sock_filter`), of [`CallFilter::INSTRUCTION_BYTES`] each.
+    pub program: Vec<u8>,
+}
+
+impl CallFilter {
+    /// The size of an instruction.
+    pub const INSTRUCTION_BYTES: usize = 8;
 }
 
 /// The size of a terminal in characters.

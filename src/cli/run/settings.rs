@@ -1,13 +1,16 @@
 //! Flags of `husk run` that husk's init carries out in the guest: names, kernel parameters, and what the process may do.
 
+use std::fs;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use husk_protocol::{Rights, Tmpfs};
+use husk_protocol::{CallFilter, Rights, Tmpfs};
 
 use crate::cli::size;
 use crate::config::Publish;
+use crate::guest::seccomp::Profile;
 use crate::guest::{capability, check_hostname, process};
 use crate::state_dir::identity::Names;
 
@@ -59,7 +62,7 @@ pub(in crate::cli) struct GuestSettings {
     cap_drop: Vec<u64>,
 
     /// no-new-privileges keeps programs from gaining privileges when they are executed; options that loosen a
-    /// container's confinement have no effect
+    /// container's confinement have no effect; seccomp=FILE filters the system calls of the command by a profile of Docker's
     #[arg(long, value_name = "OPTION", value_parser = security_option)]
     security_opt: Vec<SecurityOption>,
 
@@ -68,9 +71,11 @@ pub(in crate::cli) struct GuestSettings {
     pids_limit: Option<i64>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum SecurityOption {
     NoNewPrivileges(bool),
+    /// The file of a profile, if there is one.
+    Seccomp(Option<PathBuf>),
     /// A machine is not confined in this way.
     None,
 }
@@ -82,11 +87,19 @@ impl GuestSettings {
         let unlimited = self.pids_limit.is_none_or(|limit| matches!(limit, 0 | -1));
         let processes_max = self.pids_limit.filter(|_| !unlimited).map(u32::try_from).transpose();
         ensure!(processes_max.is_ok(), "--pids-limit: use a number of processes, or -1 for no limit");
-        let confining = self.security_opt.iter().rev().find(|option| **option != SecurityOption::None);
+        let last = |wanted: fn(&&SecurityOption) -> bool| self.security_opt.iter().rev().find(wanted);
+        let privileges = last(|option| matches!(option, SecurityOption::NoNewPrivileges(_)));
+        let profile = last(|option| matches!(option, SecurityOption::Seccomp(_)));
+        let dropped_capabilities = union(&self.cap_drop) & !union(&self.cap_add);
+        let filter = match profile {
+            Some(SecurityOption::Seccomp(Some(path))) => Some(filter(path, !dropped_capabilities)?),
+            _ => None,
+        };
         Ok(Rights {
             groups: self.group_add.clone(),
-            dropped_capabilities: union(&self.cap_drop) & !union(&self.cap_add),
-            no_new_privileges: confining == Some(&SecurityOption::NoNewPrivileges(true)),
+            dropped_capabilities,
+            no_new_privileges: privileges == Some(&SecurityOption::NoNewPrivileges(true)),
+            filter,
             processes_max: processes_max.ok().flatten(),
         })
     }
@@ -168,13 +181,20 @@ fn security_option(text: &str) -> Result<SecurityOption, String> {
     match (name, value) {
         ("no-new-privileges", "" | "true") => Ok(SecurityOption::NoNewPrivileges(true)),
         ("no-new-privileges", "false") => Ok(SecurityOption::NoNewPrivileges(false)),
-        ("seccomp" | "apparmor" | "systempaths", "unconfined") | ("label", "disable") | ("unmask", _) => {
-            Ok(SecurityOption::None)
-        }
+        ("seccomp", "unconfined") => Ok(SecurityOption::Seccomp(None)),
+        ("apparmor" | "systempaths", "unconfined") | ("label", "disable") | ("unmask", _) => Ok(SecurityOption::None),
+        ("seccomp", path) if !path.is_empty() => Ok(SecurityOption::Seccomp(Some(path.into()))),
         _ => Err(format!(
-            "{text:?}: a machine has a kernel of its own, which husk does not confine: use no-new-privileges or --cap-drop"
+            "{text:?}: a machine has a kernel of its own, which husk does not confine: use no-new-privileges, seccomp=FILE or --cap-drop"
         )),
     }
+}
+
+/// The filter of a profile, for a process that can get these capabilities.
+fn filter(profile: &Path, capabilities: u64) -> Result<CallFilter> {
+    let file = || format!("the seccomp profile {}", profile.display());
+    let json = fs::read(profile).with_context(|| format!("read {}", file()))?;
+    Profile::parse(&json).and_then(|profile| profile.compile(capabilities)).with_context(file)
 }
 
 #[cfg(test)]
@@ -214,7 +234,22 @@ mod tests {
             assert_eq!(rights(&[unlimited]).unwrap(), Rights::default(), "{unlimited}");
         }
         assert!(rights(&["--pids-limit=-2"]).is_err());
-        assert!(settings(&["--security-opt=seccomp=x.json"]).unwrap_err().contains("--cap-drop"));
+        assert!(settings(&["--security-opt=apparmor=x"]).unwrap_err().contains("--cap-drop"));
+        let refusal = rights(&["--security-opt=seccomp=/none.json"]).unwrap_err();
+        assert_eq!(
+            format!("{refusal:#}"),
+            "read the seccomp profile /none.json: No such file or directory (os error 2)"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let profile = dir.path().join("profile.json");
+        fs::write(&profile, r#"{ "defaultAction": "SCMP_ACT_ALLOW" }"#).unwrap();
+        let option = format!("--security-opt=seccomp={}", profile.display());
+        assert!(
+            rights(&["--security-opt=label=disable", &option, "--security-opt=no-new-privileges"])
+                .unwrap()
+                .filter
+                .is_some()
+        );
     }
 
     #[test]
