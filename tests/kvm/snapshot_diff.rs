@@ -78,7 +78,9 @@ impl Loaded {
 #[test]
 fn merged_diffs_are_the_whole_snapshot_of_the_same_moment() {
     needs_kvm!();
-    for bus in ["mmio", "pci"] {
+    // The bus matters least of all there.
+    let buses = if is_emulated() { &["mmio"][..] } else { &["mmio", "pci"] };
+    for bus in buses {
         let loaded = Loaded::start(bus);
         let base = loaded.snapshot("steady", &["--track"], "base");
         let (first, _) = loaded.diff("steady", &base, "first");
