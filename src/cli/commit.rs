@@ -49,6 +49,14 @@ pub(super) struct Commit {
 
     #[command(flatten)]
     import: ImportFlags,
+
+    /// Only the ID is printed anyway
+    #[arg(short, long, hide = true)]
+    quiet: bool,
+
+    /// The machine is not paused: for compatibility with `docker commit`
+    #[arg(short, long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pause: Option<bool>,
 }
 
 impl Commit {

@@ -47,8 +47,8 @@ pub(super) struct Cp {
     to: String,
 
     /// Archive mode (copy all UID/GID information, and setuid and setgid bits)
-    #[arg(short, long)]
-    archive: bool,
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "true|false")]
+    archive: Option<bool>,
 
     /// Follow a symbolic link in the source path
     #[arg(short = 'L', long)]
@@ -73,7 +73,7 @@ impl Cp {
     fn copy_from(&self, name: &str, path: &str) -> Result<Copied> {
         let bar = Progress::on_terminal().count("copy");
         let (called, must_be_dir) = base_name(path);
-        let terms = Terms { name: Some(called), must_be_dir, owners: self.archive, trusted: false };
+        let terms = Terms { name: Some(called), must_be_dir, owners: self.archive == Some(true), trusted: false };
         let copied = self.receive(name, path, |stream| {
             Ok(tree::receive(stream, Path::new(&self.to), terms, &mut |bytes| bar.set(bytes))?)
         })?;
@@ -127,7 +127,7 @@ impl Cp {
             "refusing to read a tar archive from a terminal: redirect standard input from a file or a pipe"
         );
         ensure!(as_tar || from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
-        let word = if self.archive { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
+        let word = if self.archive == Some(true) { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
         let machine = Reached::find(name)?;
         let mut process = transfer::start(machine.entry(), word, path, true)?;
         let stream = process.take(Role::Stdin)?;

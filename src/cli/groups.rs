@@ -5,8 +5,8 @@ use clap::{Args, Subcommand};
 
 use super::exit::Exit;
 use super::{
-    attach, commit, cp, diff, exec, export, history, images, import_root, inspect, kill, load, logs, pause, port,
-    prune, ps, pull, push,
+    attach, commit, cp, diff, exec, exists, export, history, images, import_root, inspect, kill, load, logs, pause,
+    port, prune, ps, pull, push,
 };
 use super::{rename, rm, rmi, save, start, stats, stop, tag, top, update, wait};
 
@@ -40,6 +40,8 @@ enum ImageCommand {
     Import(import_root::ImportRoot),
     /// Show the history of an image
     History(history::History),
+    /// Whether there is an image by this name, as the exit code: 0 or 1
+    Exists(exists::Exists),
     /// Remove unused data
     Prune(prune::Prune),
 }
@@ -58,6 +60,7 @@ impl Image {
             ImageCommand::Load(load) => load.run(),
             ImageCommand::Import(import) => import.run(),
             ImageCommand::History(history) => history.run(),
+            ImageCommand::Exists(exists) => exists.image(),
             ImageCommand::Prune(prune) => prune.run(),
         }
     }
@@ -76,6 +79,8 @@ enum ContainerCommand {
     Ls(ps::Ps),
     /// Remove stopped machines
     Rm(rm::Rm),
+    /// Whether there is a machine by this name, as the exit code: 0 or 1
+    Exists(exists::Exists),
     /// Remove all stopped machines
     Prune(rm::Prune),
     /// Execute a command in a running machine
@@ -126,6 +131,7 @@ impl Container {
         match self.command {
             ContainerCommand::Ls(ps) => ps.run(),
             ContainerCommand::Rm(rm) => rm.run(),
+            ContainerCommand::Exists(exists) => exists.machine(),
             ContainerCommand::Prune(prune) => prune.run(),
             ContainerCommand::Exec(exec) => Ok(exec.run()),
             ContainerCommand::Attach(attach) => attach.run(),

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, HumanDuration};
 
 use super::exit::Exit;
@@ -47,6 +47,16 @@ const COLUMNS: Columns = Columns {
     filters: &["dangling", "label", "before", "since", "reference"],
 };
 
+/// The value of `--sort`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Sort {
+    Created,
+    Id,
+    Repository,
+    Size,
+    Tag,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Images {
@@ -56,6 +66,10 @@ pub(super) struct Images {
 
     #[command(flatten)]
     list: ListFlags,
+
+    /// Sort by this [default: created]
+    #[arg(long, value_name = "created|id|repository|size|tag", hide_possible_values = true, hide_short_help = true)]
+    sort: Option<Sort>,
 
     /// Print what `husk inspect` prints, as a JSON array
     #[arg(long, conflicts_with_all = ["format", "quiet"])]
@@ -87,11 +101,20 @@ impl Images {
             images.iter_mut().for_each(|image| image.names.retain(|name| self.is_wanted(name, &filters)));
             images.retain(|image| !image.names.is_empty());
         }
+        if self.sort == Some(Sort::Size) {
+            images.sort_by_key(|image| image.root_bytes);
+        }
         if self.json {
             let list: Vec<_> = images.into_iter().map(image::inspect).collect();
             super::print_json(&list, "the images")?;
         } else {
             let mut rows: Vec<Row> = images.iter().flat_map(|image| rows(image, self.list.no_trunc)).collect();
+            match self.sort {
+                Some(Sort::Id) => rows.sort_by_key(|row| row.text("ID")),
+                Some(Sort::Repository) => rows.sort_by_key(|row| row.text("Repository")),
+                Some(Sort::Tag) => rows.sort_by_key(|row| row.text("Tag")),
+                Some(Sort::Created | Sort::Size) | None => {}
+            }
             rows.dedup_by(|one, other| self.list.is_quiet() && one.text(COLUMNS.key) == other.text(COLUMNS.key));
             self.list.print(&COLUMNS, rows)?;
         }

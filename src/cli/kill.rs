@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::exit::Exit;
+use super::selection::Selection;
 use super::{machines, signal};
 use crate::request::Request;
 
@@ -15,9 +16,8 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Kill {
-    /// Names or IDs of machines
-    #[arg(value_name = "MACHINE", required = true)]
-    machines: Vec<String>,
+    #[command(flatten)]
+    selection: Selection,
 
     /// Signal to send to the machine's process; KILL terminates the machine itself
     #[arg(short, long, value_name = "SIGNAL", value_parser = signal::signal, default_value = "KILL")]
@@ -27,6 +27,7 @@ pub(super) struct Kill {
 impl Kill {
     /// Sends the signal to each machine in turn.
     pub fn run(self) -> Result<Exit> {
-        machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Kill { signal: self.signal }))
+        let words = self.selection.words(|entry| entry.alive)?;
+        machines::for_each(&words, |_, entry| machines::request(entry, &Request::Kill { signal: self.signal }))
     }
 }

@@ -15,6 +15,7 @@ pub mod disks;
 pub mod doctor;
 mod events;
 pub mod exec;
+mod exists;
 pub mod exit;
 pub mod export;
 mod filter;
@@ -56,6 +57,7 @@ pub mod rm;
 pub mod rmi;
 pub mod run;
 pub mod save;
+mod selection;
 mod signal;
 mod size;
 pub mod snapshot;
@@ -108,6 +110,10 @@ pub struct Cli {
     /// Print more log messages to standard error; repeated, or as -vv and -vvv, even more
     #[arg(long, global = true, display_order = 100, action = ArgAction::Count)]
     verbose: u8,
+
+    /// Print nothing to standard output
+    #[arg(long, global = true, hide = true)]
+    noout: bool,
 }
 
 // Building the options of all commands takes longer than parsing those of one. Their structs have no doc comments, which
@@ -251,6 +257,9 @@ impl Cli {
         };
         logger::init(self.verbose.saturating_add(more));
         set_panic_hook();
+        if self.noout {
+            print_nothing()?;
+        }
         match self.command {
             Command::Boot(boot) => boot.run(started),
             Command::Run(run) => Ok(run.run(started)),
@@ -313,6 +322,12 @@ impl Cli {
             Command::Man(man) => man.run(),
         }
     }
+}
+
+/// Makes standard output end nowhere.
+fn print_nothing() -> Result<()> {
+    let nowhere = std::fs::File::options().write(true).open("/dev/null").context("open /dev/null")?;
+    rustix::stdio::dup2_stdout(nowhere).context("redirect standard output")
 }
 
 /// Makes a panic, on any thread, end the process with a one-line message and exit code 1.

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use super::connect;
+use super::exists::Exists;
 use super::exit::Exit;
 use super::filter::matches_name;
 use super::inspect::FormatFlag;
@@ -105,11 +106,23 @@ enum Command {
         #[arg(short, long, hide = true)]
         force: bool,
     },
+    /// Whether there is a network by this name, as the exit code: 0 or 1
+    Exists(Exists),
     /// Remove unused networks (as root)
+    #[command(visible_alias = "remove")]
     Rm {
         /// Names of networks
         #[arg(required = true)]
         names: Vec<String>,
+        /// Do not fail if a network does not exist
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Remove all networks that no machine is connected to (as root)
+    Prune {
+        /// Do not ask
+        #[arg(short, long, required = true)]
+        force: bool,
     },
 }
 
@@ -158,22 +171,36 @@ impl Networks {
                 connect::disconnect(&network, &machine)?;
                 note("disconnect", &network);
             }
-            Command::Rm { names } => {
-                let mut exit = Exit::Success;
-                for name in names {
-                    match bridge::remove(&name) {
-                        Ok(()) => {
-                            note("destroy", &name);
-                            super::print(&format!("{name}\n"))?;
-                        }
-                        Err(error) => exit = super::report(&error),
-                    }
+            Command::Exists(exists) => return exists.network(),
+            Command::Rm { mut names, force } => {
+                if force {
+                    let found = bridge::list()?;
+                    names.retain(|name| found.iter().any(|network| network.name == *name));
                 }
-                return Ok(exit);
+                return remove(names);
+            }
+            Command::Prune { .. } => {
+                let unused = bridge::list()?.into_iter().filter(|network| bridge::machines(network).is_empty());
+                return remove(unused.map(|network| network.name).collect());
             }
         }
         Ok(Exit::Success)
     }
+}
+
+/// Removes networks, and prints the names of those that were.
+fn remove(names: Vec<String>) -> Result<Exit> {
+    let mut exit = Exit::Success;
+    for name in names {
+        match bridge::remove(&name) {
+            Ok(()) => {
+                note("destroy", &name);
+                super::print(&format!("{name}\n"))?;
+            }
+            Err(error) => exit = super::report(&error),
+        }
+    }
+    Ok(exit)
 }
 
 fn note(action: &str, name: &str) {

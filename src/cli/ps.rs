@@ -76,6 +76,10 @@ pub(super) struct Ps {
     #[arg(short, long, conflicts_with = "last")]
     latest: bool,
 
+    /// Machines of others: always off, for compatibility with `podman ps`
+    #[arg(long, hide = true)]
+    external: bool,
+
     #[command(flatten)]
     list: ListFlags,
 

@@ -1,11 +1,14 @@
 //! `husk rm`: removes machines that have ended.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use clap::Args;
 
 use super::exit::Exit;
-use super::machines;
+use super::selection::Selection;
 use super::volume::users;
+use super::{machines, time};
 use crate::request::Request;
 use crate::state_dir::record::State;
 use crate::state_dir::{NoSuchMachine, StateDir};
@@ -19,13 +22,16 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Rm {
-    /// Names or IDs of machines
-    #[arg(value_name = "MACHINE", required = true)]
-    machines: Vec<String>,
+    #[command(flatten)]
+    selection: Selection,
 
     /// Force the removal of running machines (uses SIGKILL), and do not fail if a machine does not exist
     #[arg(short, long)]
     force: bool,
+
+    /// With --force: stop the machine first, and kill it if it still runs after this time, in seconds or with a unit
+    #[arg(short, long, value_name = "TIME", value_parser = time::duration, requires = "force")]
+    time: Option<Duration>,
 
     /// Remove the anonymous volumes of the machines as well, unless other machines have them
     #[arg(short, long)]
@@ -35,7 +41,7 @@ pub(super) struct Rm {
 impl Rm {
     /// Removes each machine in turn, including its logs.
     pub fn run(self) -> Result<Exit> {
-        let mut words = self.machines;
+        let mut words = self.selection.words(|_| true)?;
         if self.force {
             // Like Docker: a machine that does not exist is reported, but is not a failure.
             let state_dir = StateDir::open()?;
@@ -51,7 +57,10 @@ impl Rm {
             if entry.alive && self.force {
                 let end = machines::watch_exit(entry);
                 // It may have just ended by itself.
-                let _ = machines::request(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
+                let kill = Request::Kill { signal: libc::SIGKILL as u8 };
+                let patience = self.time.filter(|time| !time.is_zero());
+                let end_it = patience.map_or(kill, |_| machines::stop_request(entry, patience));
+                let _ = machines::request(entry, &end_it);
                 machines::exit_code(entry, end)?;
                 if let Some(ended) = entry.await_end()? {
                     state_dir.remove(&ended)?;

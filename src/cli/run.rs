@@ -98,7 +98,7 @@ pub(super) struct Run {
     #[command(flatten)]
     machine: MachineFlags,
 
-    /// Override the entrypoint of the image, and drop its default command
+    /// Override the entrypoint of the image, and drop its default command; a JSON array for several words
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<OsString>,
 

@@ -46,6 +46,10 @@ pub(super) struct Save {
         hide_possible_values = true
     )]
     format: Format,
+
+    /// Layers are saved as they came: for compatibility with `podman save`
+    #[arg(long, hide = true)]
+    uncompressed: bool,
 }
 
 impl Save {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::exit::Exit;
+use super::selection::Selection;
 use super::{attach, lifecycle, machines, time};
 use crate::state_dir::{self, MachineEntry, StateDir};
 use crate::supervisor::notify;
@@ -49,9 +50,8 @@ pub(super) struct Start {
 #[derive(Debug, Args)]
 #[command(after_help = RESTART_EXAMPLES)]
 pub(super) struct Restart {
-    /// Names or IDs of machines
-    #[arg(value_name = "MACHINE", required = true)]
-    machines: Vec<String>,
+    #[command(flatten)]
+    selection: Selection,
 
     /// Time to wait before killing the machine, in seconds or with a unit [default: 10, or --stop-timeout of `husk run`]
     #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration)]
@@ -82,7 +82,8 @@ impl Start {
 impl Restart {
     /// Stops each machine that is running, and starts it again.
     pub fn run(self) -> Result<Exit> {
-        each(&self.machines, |state_dir, entry| {
+        let words = self.selection.words(|entry| entry.alive)?;
+        each(&words, |state_dir, entry| {
             lifecycle::check_restartable(entry)?;
             entry.suspended().map_or(Ok(()), state_dir::remove_snapshot)?;
             if entry.alive {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
+use super::selection::Selection;
 use super::{machines, time};
 
 const EXAMPLES: &str = "\
@@ -20,9 +21,8 @@ power button is pressed instead.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Stop {
-    /// Names or IDs of machines
-    #[arg(value_name = "MACHINE", required = true)]
-    machines: Vec<String>,
+    #[command(flatten)]
+    selection: Selection,
 
     /// Time to wait before killing the machine, in seconds or with a unit [default: 10, or --stop-timeout of `husk run`]
     #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration)]
@@ -35,7 +35,7 @@ impl Stop {
         let state_dir = crate::state_dir::StateDir::open()?;
         let mut asked = Vec::new();
         let mut exit = Exit::Success;
-        for word in self.machines {
+        for word in self.selection.words(|entry| entry.alive)? {
             let stopped = state_dir.find(&word).and_then(|entry| {
                 let end = machines::watch_exit(&entry);
                 if entry.alive {

@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use self::users::Users;
+use super::exists::Exists;
 use super::exit::Exit;
 use super::filter::matches_name;
 use super::inspect::FormatFlag;
@@ -81,6 +82,8 @@ enum Command {
         #[arg(short, long)]
         force: bool,
     },
+    /// Whether there is a volume by this name, as the exit code: 0 or 1
+    Exists(Exists),
     /// Remove the anonymous volumes that no machine has, and their data
     Prune {
         /// Remove those with a name as well
@@ -111,6 +114,7 @@ impl VolumeArgs {
                 }
                 for_each(&names, |name| users.check_none(name).and_then(|()| store.remove_volume(name)))
             }
+            Command::Exists(exists) => exists.volume(),
             Command::Prune { all, .. } => prune(all),
             Command::Ls { list, json } => {
                 let filters = list.filters(&COLUMNS)?;

@@ -42,7 +42,11 @@ impl Overrides {
         let mut args: Vec<Vec<u8>> = match &self.entrypoint {
             None => image.entrypoint.iter().map(bytes).collect(),
             Some(program) if program.is_empty() => Vec::new(),
-            Some(program) => vec![program.as_bytes().to_vec()],
+            // In podman's words, a JSON array.
+            Some(program) => match serde_json::from_slice::<Vec<String>>(program.as_bytes()) {
+                Ok(words) => words.into_iter().map(String::into_bytes).collect(),
+                Err(_) => vec![program.as_bytes().to_vec()],
+            },
         };
         // The image's command is meant for the image's entrypoint.
         if self.command.is_empty() && self.entrypoint.is_none() {
@@ -206,6 +210,8 @@ mod tests {
         assert_eq!(args(Overrides::default()), ["/entry", "-x", "serve"]);
         assert_eq!(args(Overrides { command: command(), ..Overrides::default() }), ["/entry", "-x", "a", "b"]);
         assert_eq!(args(Overrides { entrypoint: entry("sh"), ..Overrides::default() }), ["sh"]);
+        assert_eq!(args(Overrides { entrypoint: entry(r#"["sh", "-c"]"#), ..Overrides::default() }), ["sh", "-c"]);
+        assert_eq!(args(Overrides { entrypoint: entry("[sh"), ..Overrides::default() }), ["[sh"]);
         assert_eq!(
             args(Overrides { entrypoint: entry("sh"), command: command(), ..Overrides::default() }),
             ["sh", "a", "b"]

@@ -198,7 +198,12 @@ pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
     for _ in 0..ATTEMPTS {
         let mut random = [0; ID_BYTES];
         sys::getrandom(&mut random).context("generate an ID")?;
-        let path = base.join(random.map(|byte| format!("{byte:02x}")).concat());
+        let id = random.map(|byte| format!("{byte:02x}")).concat();
+        // It is also a host name, and programs take such a one for a number.
+        if id.bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
+        let path = base.join(id);
         match DirBuilder::new().mode(0o700).create(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             created => created?,

@@ -29,7 +29,7 @@ fn missing_and_non_executable_commands_have_codes_and_messages() {
     for (command, code, word) in [
         ("frobnicate", 127, "husk: frobnicate: not found in PATH\n"),
         ("/bin/frobnicate", 127, "husk: /bin/frobnicate: no such file"),
-        ("/srv/not-a-program", 126, "husk: /srv/not-a-program: Permission denied\n"),
+        ("/srv/not-a-program", 126, "husk: /srv/not-a-program: permission denied\n"),
     ] {
         let ended = run(&guests, &[archive(), command]);
         assert!(ended.expect(code).errors.contains(word), "{}", ended.errors);

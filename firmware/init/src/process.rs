@@ -248,7 +248,10 @@ fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
     let why = error.desc();
     let message = match stage {
         Some(Stage::Program) => match error {
-            Errno::ENOENT if name.contains('/') => format!("{name}: no such file, or its interpreter is missing"),
+            Errno::ENOENT if name.contains('/') => {
+                format!("{name}: no such file or directory, or its interpreter is missing")
+            }
+            Errno::EACCES => format!("{name}: permission denied"),
             Errno::ENOENT => format!("{name}: not found in PATH"),
             Errno::ENOEXEC => format!("{name}: exec format error"),
             _ => format!("{name}: {why}"),

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::cli::time::rfc3339;
-use crate::config::{Attachment, MachineConfig, NetworkConfig};
+use crate::config::{Attachment, MachineConfig, NetworkConfig, ShareConfig};
 use crate::image::{Store, volumes};
 use crate::resources::bridge;
 use crate::state_dir::health::Health;
 use crate::state_dir::identity::InterfaceRecord;
+use crate::state_dir::mounts::{MountRecord, MountSource};
 use crate::state_dir::record::{Record, State, Text};
 use crate::state_dir::{MachineEntry, STREAMS_LOG};
 use crate::sys::disk::allocated_bytes;
@@ -30,6 +31,8 @@ pub struct Inspected {
     args: Vec<String>,
     state: Condition,
     image: String,
+    /// As it was given.
+    image_name: String,
     restart_count: u32,
     log_path: PathBuf,
     config: Process,
@@ -147,6 +150,7 @@ struct Mount {
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
     source: PathBuf,
+    destination: String,
     #[serde(rename = "RW")]
     writable: bool,
 }
@@ -183,6 +187,7 @@ pub fn inspect(entry: &MachineEntry) -> Inspected {
         args: command.collect(),
         state: condition(entry, record),
         image: image_id(record).unwrap_or_default(),
+        image_name: record.image.clone(),
         restart_count: record.restarts,
         log_path: entry.file(STREAMS_LOG),
         config: process(record),
@@ -247,10 +252,6 @@ fn image_id(record: &Record) -> Option<String> {
 }
 
 fn process(record: &Record) -> Process {
-    let text = |text: &Text| match text {
-        Text::Text(text) => text.clone(),
-        Text::Bytes(bytes) => String::from_utf8_lossy(bytes).into_owned(),
-    };
     let inherited = record.process.clone().unwrap_or_default();
     Process {
         hostname: record.identity.as_ref().map(|identity| identity.hostname.clone()).unwrap_or_default(),
@@ -341,10 +342,33 @@ fn network_settings(record: &Record) -> NetworkSettings {
 }
 
 fn mounts(record: &Record) -> Vec<Mount> {
-    let mount = |share: &crate::config::ShareConfig| {
-        let name = volumes::name_of(&share.path).map(str::to_owned);
-        let kind = if name.is_some() { "volume" } else { "bind" };
-        Mount { kind, name, source: share.path.clone(), writable: !share.readonly }
+    let shares = &record.config.shares;
+    if record.mounts.is_empty() {
+        // A guest of `husk boot` mounts them where it wants to.
+        let mount = |share: &ShareConfig| {
+            let destination = share.tag.clone();
+            Mount { kind: "bind", name: None, source: share.path.clone(), destination, writable: !share.readonly }
+        };
+        return shares.iter().map(mount).collect();
+    }
+    let of_volume = |name: &str| shares.iter().find(|share| volumes::name_of(&share.path) == Some(name));
+    let mount = |mount: &MountRecord| {
+        let (kind, name, source) = match &mount.source {
+            MountSource::Bind(path) => ("bind", None, path.clone()),
+            MountSource::Volume(name) => {
+                let path = of_volume(name).map(|share| share.path.clone());
+                ("volume", Some(name.clone()), path.unwrap_or_default())
+            }
+            MountSource::Layer => ("volume", None, PathBuf::new()),
+        };
+        Mount { kind, name, source, destination: text(&mount.target), writable: !mount.readonly }
     };
-    record.config.shares.iter().map(mount).collect()
+    record.mounts.iter().map(mount).collect()
+}
+
+fn text(text: &Text) -> String {
+    match text {
+        Text::Text(text) => text.clone(),
+        Text::Bytes(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+    }
 }

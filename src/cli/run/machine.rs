@@ -21,6 +21,14 @@ use crate::resources::{self, BootFiles, Source};
 use crate::snapshot::{Description, Snapshot};
 
 // A warm image fits a machine with the same values.
+/// The memory of a machine, as an argument.
+const DEFAULT_MEMORY: &str = "512M";
+
+/// As in Docker, 0 is what a machine has without the flag.
+fn memory_mib(text: &str) -> Result<u64, String> {
+    size::memory_mib(if text == "0" { DEFAULT_MEMORY } else { text })
+}
+
 #[derive(Debug, Args)]
 pub(in crate::cli) struct MachineFlags {
     /// Mount the root filesystem as read-only
@@ -39,7 +47,7 @@ pub(in crate::cli) struct MachineFlags {
     pub(in crate::cli) cpus: Cpus,
 
     /// Guest memory size: 512M, 1.5G, 2GiB
-    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
+    #[arg(short, long, value_name = "SIZE", value_parser = memory_mib, default_value = DEFAULT_MEMORY)]
     #[arg(allow_negative_numbers = true)]
     pub(in crate::cli) memory: u64,
 
