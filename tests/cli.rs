@@ -364,11 +364,35 @@ fn shells_complete_names() {
         (&["image", "inspect", "-f", "{{len .RepoTags}}", "web:1"], "2\n"),
         (&["volume", "inspect", "-f", "{{.Name}} {{.Driver}}", "data"], "data local\n"),
         (&["container", "prune", "-f"], ""),
+        (&["rm", "--all", "--force", "--time", "0", "--ignore"], ""),
+        (&["stop", "--ignore", "none"], ""),
+        (&["pause", "-a"], ""),
+        (&["image", "exists", "web:1"], ""),
+        (&["volume", "exists", "data"], ""),
+        (&["--noout", "images"], ""),
+        (&["images", "--sort", "tag", "--format", "{{.Repository}}"], "web\nworker\n"),
+        (&["network", "prune", "-f"], ""),
         (&["stats", "--no-stream", "--format", "{{.Name}} {{.CPUPerc}} {{.MemUsage}}"], ""),
         (&["stats", "--no-stream", "--format", "table {{.Name}}\\t{{.MemPerc}}"], "NAME  MEM\n"),
     ] {
         assert_eq!(run(husk, words), printed, "{words:?}");
     }
+    for words in [
+        ["container", "exists", "none"],
+        ["image", "exists", "none"],
+        ["volume", "exists", "none"],
+        ["network", "exists", "none"],
+    ] {
+        let output = Command::new(husk)
+            .args(words)
+            .env("HUSK_DATA", data.path())
+            .env("XDG_RUNTIME_DIR", data.path())
+            .output()
+            .unwrap();
+        assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(1), &b""[..]), "{words:?}");
+    }
+    let events = run(husk, &["events", "--since", "1h", "--until", "0s", "--format", "{{.Type}} {{.Action}}"]);
+    assert!(events.starts_with("image load\nimage load\n"), "{events}");
     assert!(run(husk, &["system", "df", "-v"]).contains("data"));
     assert!(run(husk, &["system", "prune", "-f"]).starts_with("Removed 0 images"));
     let anonymous = run(husk, &["volume", "create"]);

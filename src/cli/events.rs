@@ -22,6 +22,14 @@ Examples:
 /// The interval at which new events are looked for.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Notes that `action` has happened to the image, network or volume with this ID.
+pub fn note(kind: &str, action: &str, id: &str, name: &str) {
+    // It has happened, noted or not.
+    if let Ok(state_dir) = StateDir::open() {
+        state_dir.note(&[Event::new(kind, action, id).with("name", name)]);
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Events {

@@ -57,6 +57,9 @@ enum Sort {
     Tag,
 }
 
+/// The fields that are shown with `--digests`.
+const WITH_DIGESTS: [&str; 8] = ["Repository", "Tag", "Digest", "ID", "CreatedSince", "Size", "Layers", "Warm"];
+
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Images {
@@ -66,6 +69,10 @@ pub(super) struct Images {
 
     #[command(flatten)]
     list: ListFlags,
+
+    /// Show the digests of images that are named by them
+    #[arg(long)]
+    digests: bool,
 
     /// Sort by this [default: created]
     #[arg(long, value_name = "created|id|repository|size|tag", hide_possible_values = true, hide_short_help = true)]
@@ -116,7 +123,8 @@ impl Images {
                 Some(Sort::Created | Sort::Size) | None => {}
             }
             rows.dedup_by(|one, other| self.list.is_quiet() && one.text(COLUMNS.key) == other.text(COLUMNS.key));
-            self.list.print(&COLUMNS, rows)?;
+            let shown = if self.digests { &WITH_DIGESTS } else { COLUMNS.shown };
+            self.list.print(&Columns { shown, ..COLUMNS }, rows)?;
         }
         Ok(Exit::Success)
     }

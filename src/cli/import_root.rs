@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::events;
 use super::exit::Exit;
 use super::import::ImportFlags;
 use crate::image::Progress;
@@ -60,6 +61,12 @@ impl ImportRoot {
         let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
         let making = Making { name: self.name.as_ref(), changes: &self.changes, comment: &self.message, from: file };
         let id = store.import_root(archive, &making, progress).with_context(|| format!("import {file}"))?;
+        events::note(
+            "image",
+            "import",
+            &id.to_string(),
+            &self.name.as_ref().map_or_else(String::new, ToString::to_string),
+        );
         super::print(&format!("{id}\n"))?;
         Ok(Exit::Success)
     }

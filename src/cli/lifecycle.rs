@@ -68,6 +68,10 @@ pub(super) struct LifecycleArgs {
     #[arg(long, value_name = "SIZE", value_parser = log_max)]
     log_max: Option<u64>,
 
+    /// Option of the log: max-size=SIZE
+    #[arg(long, value_name = "KEY=VALUE", value_parser = log_option, hide_short_help = true)]
+    log_opt: Vec<LogOption>,
+
     #[command(flatten)]
     labels: LabelFlags,
 
@@ -84,6 +88,14 @@ pub(super) struct LifecycleArgs {
     /// What becomes of a machine in the foreground.
     #[arg(skip)]
     foreground: Foreground,
+}
+
+/// An option of Docker's logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LogOption {
+    MaxBytes(u64),
+    /// A log has this anyway, or nothing depends on it.
+    Idle,
 }
 
 /// What becomes of a machine that does not run in the background.
@@ -130,6 +142,7 @@ impl LifecycleArgs {
             restart: RestartPolicy::default(),
             cidfile: None,
             log_max: None,
+            log_opt: Vec::new(),
             labels: LabelFlags::default(),
             in_background: false,
             again: None,
@@ -141,6 +154,15 @@ impl LifecycleArgs {
     /// Determines what becomes of the machine if it does not run in the background.
     pub fn in_foreground(&mut self, foreground: Foreground) {
         self.foreground = foreground;
+    }
+
+    /// The maximum size of the log, if the user has set it.
+    fn log_max_bytes(&self) -> Option<u64> {
+        let given = self.log_opt.iter().rev().find_map(|option| match option {
+            LogOption::MaxBytes(bytes) => Some(*bytes),
+            LogOption::Idle => None,
+        });
+        self.log_max.or(given)
     }
 
     /// Whether the machine is created and not started.
@@ -220,7 +242,7 @@ impl LifecycleArgs {
     /// Opens the machine's endpoint.
     pub fn endpoint(&self, dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
         let record = self.begin(&dir, info, config, State::Starting)?;
-        ControlEndpoint::open(dir, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
+        ControlEndpoint::open(dir, record, self.log_max_bytes().unwrap_or(stream_log::DEFAULT_MAX_BYTES))
     }
 
     /// Leaves a machine that was created, and not started, to `husk start`. Prints its ID.
@@ -264,7 +286,7 @@ impl LifecycleArgs {
             created_ms: earlier.as_ref().map_or_else(now_ms, |earlier| earlier.created_ms),
             max_retries: self.restart.max_retries,
             restarts_always: self.restart.always,
-            log_max_bytes: self.log_max,
+            log_max_bytes: self.log_max_bytes(),
             snapshot: earlier.and_then(|earlier| earlier.snapshot),
             state,
             restarts: 0,
@@ -337,9 +359,32 @@ fn name(text: &str) -> Result<String, String> {
     names::check(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
 }
 
+/// Parses an option of Docker's logs.
+fn log_option(text: &str) -> Result<LogOption, String> {
+    match text.split_once('=') {
+        // Smaller logs would not hold what `husk logs` needs.
+        Some(("max-size", size)) => Ok(LogOption::MaxBytes(size::bytes(size)?.max(stream_log::MIN_BYTES))),
+        Some(("max-file" | "mode" | "compress" | "tag", _)) => Ok(LogOption::Idle),
+        _ => Err("use max-size=SIZE, or --log-max SIZE".into()),
+    }
+}
+
 /// Parses the maximum size of a log.
 fn log_max(text: &str) -> Result<u64, String> {
     let bytes = size::bytes(text)?;
     let least_kib = stream_log::MIN_BYTES >> 10;
     if bytes >= stream_log::MIN_BYTES { Ok(bytes) } else { Err(format!("the minimum log size is {least_kib}K")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_has_the_size_of_dockers_option() {
+        assert_eq!(log_option("max-size=10m"), Ok(LogOption::MaxBytes(10 << 20)));
+        assert_eq!(log_option("max-size=1"), Ok(LogOption::MaxBytes(stream_log::MIN_BYTES)));
+        assert_eq!(log_option("max-file=3"), Ok(LogOption::Idle));
+        assert!(log_option("path=/x").unwrap_err().contains("--log-max"));
+    }
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+use super::events;
 use super::exit::Exit;
 use super::import::ImportFlags;
 use crate::image::reference::Reference;
@@ -66,6 +67,7 @@ impl Load {
             }
         };
         for (prepared, names) in loaded {
+            events::note("image", "load", &prepared.id.to_string(), names.first().map_or("", String::as_str));
             // Any archive that is not an image is taken as a root file system.
             let taken = if prepared.is_bare_root { ", taken as a root filesystem" } else { "" };
             let lines: String = match names.is_empty() {

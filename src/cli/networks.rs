@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use super::connect;
+use super::events;
 use super::exists::Exists;
 use super::exit::Exit;
 use super::filter::matches_name;
@@ -14,8 +15,6 @@ use super::inspect::FormatFlag;
 use super::labels::LabelFlags;
 use super::list::{Columns, ListFlags, Row};
 use crate::resources::bridge::{self, Bridge};
-use crate::state_dir::StateDir;
-use crate::state_dir::events::Event;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -204,9 +203,7 @@ fn remove(names: Vec<String>) -> Result<Exit> {
 }
 
 fn note(action: &str, name: &str) {
-    if let Ok(state_dir) = StateDir::open() {
-        state_dir.note(&[Event::new("network", action, name).with("name", name)]);
-    }
+    events::note("network", action, name, name);
 }
 
 fn row(network: &Bridge) -> Row {

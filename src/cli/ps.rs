@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use indicatif::HumanBytes;
 
 use super::exit::Exit;
 use super::filter::matches_name;
@@ -49,6 +50,7 @@ const COLUMNS: Columns = Columns {
         ("Networks", "NETWORKS"),
         ("Mounts", "MOUNTS"),
         ("Pid", "PID"),
+        ("Size", "SIZE"),
         ("Labels", "LABELS"),
         ("Label", "LABEL"),
         ("Names", "NAMES"),
@@ -60,6 +62,10 @@ const COLUMNS: Columns = Columns {
         "expose", "health",
     ],
 };
+
+/// The fields that are shown with `--size`.
+const WITH_SIZE: [&str; 10] =
+    ["ID", "Image", "Command", "RunningFor", "Status", "Ports", "Cpus", "Memory", "Names", "Size"];
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -75,6 +81,10 @@ pub(super) struct Ps {
     /// Show the machine that was created last, even if it is stopped
     #[arg(short, long, conflicts_with = "last")]
     latest: bool,
+
+    /// Show what the disks of each machine take on the host, and with that of its image
+    #[arg(short, long)]
+    size: bool,
 
     /// Machines of others: always off, for compatibility with `podman ps`
     #[arg(long, hide = true)]
@@ -107,7 +117,9 @@ impl Ps {
             super::print_json(&list, "the machines")?;
         } else {
             let max_chars = if self.list.no_trunc { usize::MAX } else { COMMAND_CHARS };
-            self.list.print(&COLUMNS, entries.iter().map(|entry| row(entry, max_chars)).collect())?;
+            let shown = if self.size { &WITH_SIZE } else { COLUMNS.shown };
+            let rows = entries.iter().map(|entry| row(entry, max_chars)).collect();
+            self.list.print(&Columns { shown, ..COLUMNS }, rows)?;
         }
         Ok(Exit::Success)
     }
@@ -181,6 +193,7 @@ fn row(entry: &MachineEntry, command_chars: usize) -> Row {
             ("Networks", of(&|record| networks(record).join(","))),
             ("Mounts", of(&|record| mounts(record).join(","))),
             ("Pid", of(&|record| record.pid.to_string())),
+            ("Size", of(&disk_usage)),
             ("Names", entry.name().to_owned()),
         ],
         entry.record.as_ref().map_or(&BTreeMap::new(), |record| &record.labels),
@@ -192,6 +205,12 @@ fn cpus(record: &Record) -> String {
         Some(limit) => (f64::from(limit) / 1000.0).to_string(),
         None => record.config.cpus.to_string(),
     }
+}
+
+/// What the machine's disks take on the host.
+fn disk_usage(record: &Record) -> String {
+    let (own, all) = machine::disk_bytes(&record.config);
+    format!("{} (virtual {})", HumanBytes(own), HumanBytes(all))
 }
 
 /// The published ports.

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 
+use super::events;
 use super::exit::Exit;
 use super::import::ImportFlags;
 use crate::image::on_demand::{Finding, PullPolicy};
@@ -52,6 +53,7 @@ impl Pull {
         let names = if self.all_tags { store.remote_tags(&self.name)? } else { vec![self.name.clone()] };
         for name in &names {
             let pulled = store.pull(name, &self.platform, progress)?;
+            events::note("image", "pull", &pulled.prepared.id.to_string(), &name.to_string());
             if self.quiet {
                 super::print(&format!("{}\n", pulled.prepared.id))?;
             } else {

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail, ensure};
 use clap::{ArgAction, Args};
 
+use super::events;
 use super::exit::Exit;
 use super::limits;
 use crate::image::reference::{Reference, Version};
@@ -52,6 +53,7 @@ impl Push {
         for name in names {
             let Version::Tag(tag) = &name.version else { bail!("an image is pushed by its tag: use NAME[:TAG]") };
             let pushed = store.push(&name, progress)?;
+            events::note("image", "push", &pushed.digest.to_string(), &name.to_string());
             let line = format!("{tag}: digest: {} size: {}\n", pushed.digest, pushed.manifest_bytes);
             super::print(&if self.quiet { format!("{name}\n") } else { line })?;
         }

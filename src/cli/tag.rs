@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use clap::Args;
 
+use super::events;
 use super::exit::Exit;
 use crate::image::reference::{Reference, Version};
 use crate::image::{Source, Store};
@@ -30,7 +31,9 @@ impl Tag {
         ensure!(matches!(self.target.version, Version::Tag(_)), "an image cannot be given a digest: use NAME[:TAG]");
         let store = Store::open_default()?;
         let image = store.find(&self.source)?;
+        let name = self.target.to_string();
         store.tag(image.id, &[self.target])?;
+        events::note("image", "tag", &image.id.to_string(), &name);
         Ok(Exit::Success)
     }
 }

@@ -1,7 +1,7 @@
 //! Evaluates a template's nodes.
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::functions::{self, is_true, shown};
 use super::parse::{Base, Node, Operand, Pipeline};
@@ -145,9 +145,16 @@ impl State {
             Base::Nested(pipeline) => self.pipeline(pipeline, dot)?,
         };
         operand.fields.iter().try_fold(base, |value, field| match value {
-            Value::Object(mut map) => map.remove(field).with_context(|| format!("there is no field .{field}")),
+            Value::Object(map) => part(map, field),
             Value::Null => bail!("there is no field .{field}, because there is no value before it"),
             other => bail!("there is no field .{field} in {}", shown(&other)),
         })
     }
+}
+
+/// A part of an object. Go's names of fields differ from those in JSON by the case of some letters, such as ID, and both are used.
+fn part(mut map: Map<String, Value>, field: &str) -> Result<Value> {
+    let known = map.keys().find(|key| *key == field).or_else(|| map.keys().find(|key| key.eq_ignore_ascii_case(field)));
+    let known = known.cloned().with_context(|| format!("there is no field .{field}"))?;
+    Ok(map.remove(&known).unwrap_or_default())
 }

@@ -25,6 +25,7 @@ fn fields_and_text_are_printed_as_in_go() {
     check("plain", "plain");
     check("{{.State.Status}}\t{{ .Name }}", "running\tweb");
     check("{{.State.Running}} {{.State.ExitCode}} {{.State.Health}}", "true 0 <no value>");
+    check("{{.ID}} {{.NetworkSettings.Networks.web.IpAddress}}", "0123456789abcdef 10.86.0.2");
     check("{{.Config.Cmd}} {{.Config.Labels}}", "[sh -c true] map[a:1 b:<2>]");
     check("{{json .Config.Labels}}", r#"{"a":"1","b":"<2>"}"#);
     check("{{json .State.Health}}{{.Label \"a\"}}{{.Label \"no\"}}", "null1");

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::cli::time::rfc3339;
-use crate::config::{Attachment, MachineConfig, NetworkConfig, ShareConfig};
+use crate::config::{Attachment, DiskConfig, MachineConfig, NetworkConfig, ShareConfig};
 use crate::image::{Store, volumes};
 use crate::resources::bridge;
 use crate::state_dir::health::Health;
@@ -50,11 +50,8 @@ pub struct Inspected {
 impl Inspected {
     /// Adds what its disks take on the host.
     pub fn measure(&mut self) {
-        let disks = self.husk.iter().flat_map(|own| &own.config.disks);
-        let sizes: Vec<(bool, u64)> =
-            disks.filter_map(|disk| Some((disk.readonly, allocated_bytes(&fs::metadata(&disk.path).ok()?)))).collect();
-        self.size_rw = Some(sizes.iter().filter(|(readonly, _)| !readonly).map(|(_, bytes)| bytes).sum());
-        self.size_root_fs = Some(sizes.iter().map(|(_, bytes)| bytes).sum());
+        let sizes = self.husk.as_ref().map(|own| disk_bytes(&own.config)).unwrap_or_default();
+        (self.size_rw, self.size_root_fs) = (Some(sizes.0), Some(sizes.1));
     }
 }
 
@@ -165,6 +162,14 @@ struct Own {
     sandbox_lacks: Vec<String>,
     /// As in a file for `husk boot --config`.
     config: MachineConfig,
+}
+
+/// What the machine's own disks take on the host, and all of them.
+pub fn disk_bytes(config: &MachineConfig) -> (u64, u64) {
+    let disk = |disk: &DiskConfig| Some((disk.readonly, allocated_bytes(&fs::metadata(&disk.path).ok()?)));
+    let sizes: Vec<(bool, u64)> = config.disks.iter().filter_map(disk).collect();
+    let own = sizes.iter().filter(|(readonly, _)| !readonly).map(|(_, bytes)| bytes).sum();
+    (own, sizes.iter().map(|(_, bytes)| bytes).sum())
 }
 
 /// The health of a machine, in Docker's words.

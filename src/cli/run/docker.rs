@@ -66,7 +66,7 @@ const fn idle(long: &'static str, values: Values) -> Idle {
 const OWN_KERNEL: &str =
     "a machine has a kernel of its own, and shares no namespace with the host or with other machines";
 
-const IDLE: [Idle; 22] = [
+const IDLE: [Idle; 21] = [
     idle("annotation", Values::Any),
     Idle {
         short: Some('a'),
@@ -82,11 +82,10 @@ const IDLE: [Idle; 22] = [
     idle(
         "log-driver",
         Values::OneOf(
-            &["", "json-file", "local", "k8s-file"],
+            &["", "json-file", "local", "k8s-file", "none"],
             "husk keeps the logs itself, and `husk logs` prints them",
         ),
     ),
-    idle("log-opt", Values::OneOf(&["max-file", "mode", "compress", "tag"], "use --log-max SIZE")),
     idle("memory-reservation", Values::Any),
     idle("memory-swap", Values::Any),
     idle("memory-swappiness", Values::Any),
@@ -329,7 +328,6 @@ mod tests {
             ("--sig-proxy=false", "husk attach"),
             ("--oom-kill-disable", "use -m"),
             ("--log-driver=syslog", "husk logs"),
-            ("--log-opt=max-size=1m", "--log-max"),
             ("--init=/sbin/init", "true, false"),
         ] {
             let error = parsed(&[word]).unwrap_err();
