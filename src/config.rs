@@ -103,8 +103,16 @@ pub struct MachineConfig {
     /// How the guest finds its virtio devices.
     #[serde(skip_serializing_if = "Transport::is_default")]
     pub transport: Transport,
+    /// Whether a guest that boots is told of places for all devices that fit on its bus, so that more can be added when it is saved
+    /// and restored. PCI has them anyway.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub spare_slots: bool,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
+    /// How many of them, from the end, are behind all other devices but shares, so that a machine without them can get them when it
+    /// is restored.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub late_disks: usize,
     /// The vsock device, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -137,7 +145,9 @@ impl Default for MachineConfig {
             nested: false,
             sandbox: true,
             transport: Transport::default(),
+            spare_slots: false,
             disks: Vec::new(),
+            late_disks: 0,
             vsock: None,
             networks: Vec::new(),
             shares: Vec::new(),
@@ -158,6 +168,10 @@ pub struct VsockConfig {
     /// The guest's CID. It has no meaning outside of the machine, so several machines may use the same one.
     #[serde(default = "default_cid")]
     pub cid: u32,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 fn default_cid() -> u32 {

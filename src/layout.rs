@@ -101,8 +101,8 @@ pub const PCI_FUNCTIONS_MAX: usize = 31;
 pub enum VirtioBus {
     /// Fixed addresses and interrupt lines: see [`virtio_mmio_slot`].
     Mmio {
-        /// The number of devices.
-        devices: usize,
+        /// The number of places for devices, of which the last ones may be empty.
+        slots: usize,
     },
     /// PCI, where a guest finds the devices by itself.
     Pci,

@@ -43,7 +43,7 @@ pub fn kernel_load() -> Result<()> {
         let kernel = KernelImage::identify(file.try_clone()?)?.kernel;
         let memory = memory::reserve(256)?;
         let start = Instant::now();
-        boot::load(&memory, &kernel, None, "", 1, VirtioBus::Mmio { devices: 1 })?;
+        boot::load(&memory, &kernel, None, "", 1, VirtioBus::Mmio { slots: 1 })?;
         loads.push(megabytes_per_second(start));
         reads.push(plain_read(&file)?);
     }

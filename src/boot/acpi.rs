@@ -34,10 +34,10 @@ const XAPIC_BROADCAST_ID: u32 = 255;
 /// Processors have the local APIC IDs `0..cpus`; virtio devices are on `bus`.
 pub fn tables(cpus: u32, bus: VirtioBus) -> Result<Vec<u8>> {
     ensure!(cpus <= XAPIC_BROADCAST_ID, "{cpus} vCPUs are more than xAPIC ids");
-    if let VirtioBus::Mmio { devices } = bus {
+    if let VirtioBus::Mmio { slots } = bus {
         ensure!(
-            devices <= layout::VIRTIO_MMIO_MAX,
-            "{devices} virtio devices are more than the {} interrupt lines for them",
+            slots <= layout::VIRTIO_MMIO_MAX,
+            "{slots} virtio devices are more than the {} interrupt lines for them",
             layout::VIRTIO_MMIO_MAX
         );
     }
@@ -143,8 +143,8 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    const fn mmio(devices: usize) -> VirtioBus {
-        VirtioBus::Mmio { devices }
+    const fn mmio(slots: usize) -> VirtioBus {
+        VirtioBus::Mmio { slots }
     }
 
     /// The tables RSDP, XSDT, FADT, MADT and DSDT, located as a guest would.

@@ -27,7 +27,7 @@ const GENERATION_COUNTER: &str = "VM_Gen_Counter";
 pub fn table(bus: VirtioBus) -> Result<Vec<u8>> {
     let mut body = vec![com1(), pvpanic(), power_button(), generation_id()?, event_device()];
     match bus {
-        VirtioBus::Mmio { devices } => body.extend((0..devices).map(virtio_mmio).collect::<Result<Vec<_>>>()?),
+        VirtioBus::Mmio { slots } => body.extend((0..slots).map(virtio_mmio).collect::<Result<Vec<_>>>()?),
         VirtioBus::Pci => body.extend([pci_bus()?, pci_ecam()?]),
     }
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);

@@ -139,7 +139,7 @@ mod tests {
     fn a_kernel_without_note_is_entered_by_the_64_bit_protocol() {
         let memory = memory::reserve(32).unwrap();
         let initrd = Part::whole(sample::file(&[7; 10])).unwrap();
-        let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, VirtioBus::Mmio { devices: 1 }).unwrap();
+        let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, VirtioBus::Mmio { slots: 1 }).unwrap();
         let info = layout::ZERO_PAGE_ADDRESS;
         assert_eq!(entry, EntryPoint { protocol: Protocol::Linux64, instruction: MIB, info });
         let read = |address: u64| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
@@ -153,7 +153,7 @@ mod tests {
     fn a_kernel_with_note_is_entered_by_pvh() {
         let memory = memory::reserve(32).unwrap();
         let note = sample::note(b"Xen\0", 18, &(MIB as u32 + 1).to_le_bytes());
-        let entry = load(&memory, &kernel(Some(&note)), None, "", 1, VirtioBus::Mmio { devices: 0 }).unwrap();
+        let entry = load(&memory, &kernel(Some(&note)), None, "", 1, VirtioBus::Mmio { slots: 0 }).unwrap();
         let info = layout::PVH_INFO_ADDRESS;
         assert_eq!(entry, EntryPoint { protocol: Protocol::Pvh, instruction: MIB + 1, info });
     }
@@ -162,10 +162,9 @@ mod tests {
     fn an_error_names_the_file() {
         let memory = memory::reserve(32).unwrap();
         let empty = Part::whole(sample::file(b"")).unwrap();
-        let error = load(&memory, &kernel(None), Some(&empty), "", 1, VirtioBus::Mmio { devices: 0 }).unwrap_err();
+        let error = load(&memory, &kernel(None), Some(&empty), "", 1, VirtioBus::Mmio { slots: 0 }).unwrap_err();
         assert_eq!(format!("{error:#}"), "load initrd: the initrd is empty");
-        let error =
-            load(&memory, &kernel(None), None, &"a".repeat(3000), 1, VirtioBus::Mmio { devices: 0 }).unwrap_err();
+        let error = load(&memory, &kernel(None), None, &"a".repeat(3000), 1, VirtioBus::Mmio { slots: 0 }).unwrap_err();
         assert!(error.to_string().starts_with("the kernel command line of 3000 bytes is too long"));
     }
 }

@@ -163,8 +163,8 @@ pub(super) struct Run {
     ///
     /// There is no IMAGE then: all words are the command. The machine has the CPUs, the memory and the kernel of the
     /// snapshot.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "os_init", "no_warm", "volume", "mount"])]
-    #[arg(conflicts_with_all = ["volumes_from", "cpus", "memory", "kernel", "transport", "nested", "read_only"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["os_init", "no_warm", "cpus", "memory", "kernel"])]
+    #[arg(conflicts_with_all = ["transport", "nested"])]
     from: Option<PathBuf>,
 
     /// Run this program of the image as PID 1 in place of husk's init, with its console on this terminal
@@ -344,7 +344,7 @@ impl Run {
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
         let warm = match &self.from {
-            Some(dir) => Some(warm::open(dir, config, spec.is_readonly())?),
+            Some(dir) => Some(warm::open(dir, config)?),
             None if self.no_warm => None,
             None => warm_image(spec, config),
         };
@@ -373,7 +373,8 @@ impl Run {
     ) -> Result<Exit> {
         let (source, start) = match warm {
             Some(Snapshot { description, files, .. }) => {
-                (Source::Snapshot(files), Start::Begin(spec.begin(&description.config.networks)?))
+                let (overlay, run) = spec.begin(&description.config.networks)?;
+                (Source::Snapshot(files), Start::Begin(overlay, run))
             }
             None => {
                 let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
@@ -394,11 +395,7 @@ impl Run {
 
 /// The warm image that a machine of this configuration can start from.
 fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Option<Snapshot> {
-    if !config.shares.is_empty() {
-        log::info!("the machine boots: a warm image has no devices for shared folders");
-        return None;
-    }
-    let found = spec.can_wait().then(|| warm::find(config, spec.is_readonly())).flatten();
+    let found = spec.has_session().then(|| warm::find(config)).flatten();
     if found.is_some() {
         log::info!("the machine starts from a warm image: --no-warm boots it instead");
     }

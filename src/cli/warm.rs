@@ -36,7 +36,7 @@ Examples:
     husk warm debian:12 apt-get perl
 
 `husk run` uses a warm image if the machine would boot in the same way: with the same image,
-kernel, CPUs, memory, devices and read-only root. It boots as usual if husk, the kernels or
+kernel, CPUs, memory and networks. It boots as usual if husk, the kernels or
 the processor have changed since; run `husk warm` again then. `husk images` shows the disk
 space of warm images, `husk prune` removes outdated ones, and `husk rmi` those of an image.";
 
@@ -79,9 +79,10 @@ impl Warm {
         let mut spec = GuestSpec::with_process(root_fs, overrides, false, false, dir.id(), Vec::new())?;
         spec.connect(self.machine.network.setup(&dir.id())?);
         let kernel = self.machine.kernel()?;
-        let config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), false)?;
+        let mut config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), false)?;
+        config.spare_slots = true;
         config.validate()?;
-        let Some((path, _alone)) = self.place(&spec, &config, &programs)? else { return Ok(Exit::Success) };
+        let Some((path, _alone)) = self.place(&config, &programs)? else { return Ok(Exit::Success) };
         let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
         let info = RecordInfo {
             image,
@@ -97,7 +98,7 @@ impl Warm {
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
         let timings = Arc::new(Timings::new(started));
         let boot = |endpoint: &mut ControlEndpoint, signals: &SignalFd| {
-            let fingerprint = Fingerprint::of(&config, spec.is_readonly())?.with_programs(&programs);
+            let fingerprint = Fingerprint::of(&config)?.with_programs(&programs);
             let initramfs = spec.waiting_initramfs(&programs, &kernel, config.virtio_bus())?;
             let opened = resources::open_for(&config, machine::boot_source(&kernel, initramfs)?)?;
             let start = Start::Wait(Save { path: path.clone(), fingerprint });
@@ -120,20 +121,15 @@ impl Warm {
 
     /// The directory of the snapshot, and in the image store a lock, so that no other husk makes it. `None` if there is one
     /// already that is not outdated and has the programs; others are removed.
-    fn place(
-        &self,
-        spec: &GuestSpec,
-        config: &MachineConfig,
-        programs: &[String],
-    ) -> Result<Option<(PathBuf, Option<File>)>> {
+    fn place(&self, config: &MachineConfig, programs: &[String]) -> Result<Option<(PathBuf, Option<File>)>> {
         if let Some(path) = &self.output {
             return Ok(Some((path.clone(), None)));
         }
-        let path = warm::place(config, spec.is_readonly())?;
+        let path = warm::place(config)?;
         let parent = path.parent().context("the image store has no directory for it")?;
         fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
         let alone = lock::alone_within(&path.with_extension("lock"), lock::LONG_TIMEOUT)?;
-        let found = warm::find(config, spec.is_readonly()).and_then(|found| found.description.fingerprint);
+        let found = warm::find(config).and_then(|found| found.description.fingerprint);
         if found.is_some_and(|fingerprint| fingerprint.has_programs(programs)) {
             super::print(&format!("{}\n", path.display()))?;
             return Ok(None);

@@ -87,11 +87,11 @@ mod tests {
             ("xacpi=off acpi=offline acpi_osi=off", None),
             ("", None),
         ] {
-            assert_eq!(hides_devices(cmdline, VirtioBus::Mmio { devices: 1 }), word, "{cmdline}");
+            assert_eq!(hides_devices(cmdline, VirtioBus::Mmio { slots: 1 }), word, "{cmdline}");
             assert_eq!(hides_devices(cmdline, VirtioBus::Pci), word, "{cmdline}");
         }
         for word in ["pci=off", "pci=conf1,nomsi"] {
-            assert_eq!(hides_devices(word, VirtioBus::Mmio { devices: 1 }), None);
+            assert_eq!(hides_devices(word, VirtioBus::Mmio { slots: 1 }), None);
             assert_eq!(hides_devices(word, VirtioBus::Pci), Some(word));
         }
     }

@@ -41,7 +41,7 @@ impl FromStr for Transport {
 
 impl MachineConfig {
     /// The number of virtio devices, including the entropy device, which every machine has.
-    fn device_count(&self) -> usize {
+    pub fn device_count(&self) -> usize {
         let lists = self.disks.len() + self.networks.len() + self.shares.len();
         1 + lists + usize::from(self.vsock.is_some()) + usize::from(self.balloon)
     }
@@ -51,7 +51,8 @@ impl MachineConfig {
         match self.transport {
             Transport::Pci => VirtioBus::Pci,
             Transport::Auto if self.device_count() > layout::VIRTIO_MMIO_MAX => VirtioBus::Pci,
-            Transport::Auto | Transport::Mmio => VirtioBus::Mmio { devices: self.device_count() },
+            Transport::Auto | Transport::Mmio if self.spare_slots => VirtioBus::Mmio { slots: layout::VIRTIO_MMIO_MAX },
+            Transport::Auto | Transport::Mmio => VirtioBus::Mmio { slots: self.device_count() },
         }
     }
 
@@ -78,9 +79,11 @@ mod tests {
     #[test]
     fn a_machine_with_more_devices_than_interrupt_lines_has_a_pci_bus() {
         // Each has an entropy device and a balloon as well.
-        assert_eq!(with_disks(16, Transport::Auto).virtio_bus(), VirtioBus::Mmio { devices: 18 });
+        assert_eq!(with_disks(16, Transport::Auto).virtio_bus(), VirtioBus::Mmio { slots: 18 });
         assert_eq!(with_disks(17, Transport::Auto).virtio_bus(), VirtioBus::Pci);
         assert_eq!(with_disks(0, Transport::Pci).virtio_bus(), VirtioBus::Pci);
+        let with_room = MachineConfig { spare_slots: true, ..with_disks(1, Transport::Auto) };
+        assert_eq!((with_room.device_count(), with_room.virtio_bus()), (3, VirtioBus::Mmio { slots: 18 }));
     }
 
     #[test]

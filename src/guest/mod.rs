@@ -201,21 +201,6 @@ impl GuestSpec {
         self.process().is_some()
     }
 
-    /// Whether a machine for this can wait for its process, to be saved there: no disk of its own is part of it.
-    pub fn can_wait(&self) -> bool {
-        let has_own_disk =
-            !matches!(self.root_fs, RootFs::Image { writable: WritableLayer::None | WritableLayer::Memory, .. });
-        self.has_session() && !has_own_disk
-    }
-
-    /// Whether the root file system has no writable layer.
-    pub fn is_readonly(&self) -> bool {
-        matches!(
-            self.root_fs,
-            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { readonly: true, .. }
-        )
-    }
-
     /// Whether the process reads this process's standard input.
     pub fn wants_stdin(&self) -> bool {
         self.process().is_some_and(|process| process.stdin)
@@ -244,8 +229,7 @@ impl GuestSpec {
     }
 
     /// The same for a machine that waits before its process starts, to be saved there. It contains nothing of the run:
-    /// the root file system and its writable layer, the kernel, and whether there is a network must be those of the runs
-    /// that begin in it. `programs` are those that these runs will probably need.
+    /// the root file system, the kernel, and whether there is a network must be those of the runs that begin in it. `programs` are those that these runs will probably need.
     pub fn waiting_initramfs(&self, programs: &[String], kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
         let process = self.process().context("only a machine that runs a command can wait for it")?;
         let programs = programs.iter().map(|name| name.clone().into_bytes()).collect();
@@ -255,11 +239,11 @@ impl GuestSpec {
 
     /// What a waiting machine, whose network devices are `devices`, needs to begin the run: everything that
     /// [`GuestSpec::waiting_initramfs`] leaves out.
-    pub fn begin(&self, devices: &[NetworkConfig]) -> Result<Run> {
+    pub fn begin(&self, devices: &[NetworkConfig]) -> Result<(Overlay, Run)> {
         let Program::Process(process) = &self.program else { bail!("a waiting machine runs a command, not an init") };
         let mut run = self.run(process);
         run.identity.interfaces = network::on_devices(run.identity.interfaces, devices)?;
-        Ok(run)
+        Ok((self.overlay(), run))
     }
 
     /// What distinguishes the machine `machine`, if it has husk's init. `is_hostname_chosen` says whether the user chose the
@@ -276,12 +260,16 @@ impl GuestSpec {
         };
         // A machine works without a balloon; the transport's driver is required by other devices anyway.
         let mut drivers = vec![transport, "virtio_blk", "virtio_balloon?"];
+        let waits = matches!(start, Start::Wait(_));
         match &self.root_fs {
             // EROFS needs the checksum driver but does not declare the dependency.
             RootFs::Image { writable, .. } => {
                 drivers.extend(["crc32c_generic?", "erofs", "overlay"]);
-                if matches!(writable, WritableLayer::Disk(_)) {
-                    drivers.push("ext4");
+                match writable {
+                    // The run may have such a layer.
+                    _ if waits => drivers.push("ext4?"),
+                    WritableLayer::Disk(_) => drivers.push("ext4"),
+                    WritableLayer::None | WritableLayer::Memory => {}
                 }
             }
             RootFs::Disk { .. } => drivers.extend(["crc32c_generic?", "ext4?", "xfs?", "btrfs?", "vfat?"]),
@@ -292,7 +280,9 @@ impl GuestSpec {
         if !self.network.is_empty() {
             drivers.push("virtio_net");
         }
-        if !self.shares.is_empty() {
+        if waits {
+            drivers.push("virtiofs?");
+        } else if !self.shares.is_empty() {
             drivers.push("virtiofs");
         }
         let modules = modules::find(&kernel.modules, &drivers)?;
@@ -302,10 +292,20 @@ impl GuestSpec {
     fn spec(&self, start: Start, modules: &[Module]) -> Spec {
         let device = ROOT_DEVICE.to_owned();
         let root = match &self.root_fs {
-            RootFs::Image { writable, .. } => Root::Image { device, overlay: overlay(writable) },
+            RootFs::Image { .. } if matches!(start, Start::Wait(_)) => Root::Image { device, overlay: Overlay::Memory },
+            RootFs::Image { .. } => Root::Image { device, overlay: self.overlay() },
             RootFs::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
         };
         Spec { modules: modules.iter().map(initramfs::module_path).collect(), root, start }
+    }
+
+    /// The writable layer of an image.
+    fn overlay(&self) -> Overlay {
+        match &self.root_fs {
+            RootFs::Image { writable: WritableLayer::Disk(_), .. } => Overlay::Disk(WRITABLE_DEVICE.to_owned()),
+            RootFs::Image { writable: WritableLayer::Memory, .. } => Overlay::Memory,
+            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { .. } => Overlay::ReadOnly,
+        }
     }
 
     fn run(&self, process: &Process) -> Run {
@@ -339,6 +339,8 @@ impl GuestSpec {
             RootFs::Image { root, .. } => vec![disk(root, true, raw)],
             RootFs::Disk { path, readonly } => vec![disk(path, *readonly, None)],
         };
+        // A waiting machine has no others.
+        let late_disks = if self.has_session() { disks.len().saturating_sub(1) } else { 0 };
         let vsock = VsockConfig { socket: socket.to_owned(), cid: DEFAULT_CID };
         MachineConfig {
             kernel: kernel.path.clone(),
@@ -348,17 +350,10 @@ impl GuestSpec {
             disks,
             vsock: self.has_session().then_some(vsock),
             networks: self.network.configs.clone(),
+            late_disks,
             shares: self.shares.iter().map(|share| share.config.clone()).collect(),
             ..MachineConfig::default()
         }
-    }
-}
-
-fn overlay(writable: &WritableLayer) -> Overlay {
-    match writable {
-        WritableLayer::None => Overlay::ReadOnly,
-        WritableLayer::Memory => Overlay::Memory,
-        WritableLayer::Disk(_) => Overlay::Disk(WRITABLE_DEVICE.to_owned()),
     }
 }
 
@@ -397,9 +392,9 @@ mod tests {
         spec.connect(NetworkSetup::new(vec![device(1).into()], &[]));
         let Program::Process(process) = &spec.program else { unreachable!() };
         let mut run = spec.run(process);
-        assert_eq!(spec.begin(&[device(1)]).unwrap(), run);
+        assert_eq!(spec.begin(&[device(1)]).unwrap(), (Overlay::Memory, run.clone()));
         run.identity.interfaces[0].device_mac = [2, 0, 0, 0, 0, 9];
-        assert_eq!(spec.begin(&[device(9)]).unwrap(), run);
+        assert_eq!(spec.begin(&[device(9)]).unwrap().1, run);
         assert!(spec.begin(&[]).unwrap_err().to_string().contains("0 network interfaces, not 1"));
     }
 

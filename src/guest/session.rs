@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use husk_protocol::{Hello, Identity, Renewal, Role, Run, ToGuest, ToHost, WindowSize};
+use husk_protocol::{Hello, Identity, Overlay, Renewal, Role, Run, ToGuest, ToHost, WindowSize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use super::streams::Endpoints;
@@ -64,7 +64,7 @@ pub struct Session {
     is_to_wait: bool,
     is_waiting: bool,
     /// What the guest begins when it waits.
-    run: Option<Box<Run>>,
+    run: Option<(Overlay, Box<Run>)>,
     end: Option<ToHost>,
     finish_by: Option<Instant>,
     signaled_at: Vec<Instant>,
@@ -295,8 +295,8 @@ impl Session {
             ToHost::Renewed(changed) if self.is_changing => self.note_change(changed),
             ToHost::Waiting => {
                 self.is_waiting = self.is_to_wait;
-                if let Some(run) = self.run.take() {
-                    self.send(&ToGuest::Begin(renewal()?, run));
+                if let Some((overlay, run)) = self.run.take() {
+                    self.send(&ToGuest::Begin(renewal()?, overlay, run));
                 }
             }
             ToHost::AskTime => self.send(&ToGuest::Time(wall_clock_ns())),

@@ -51,13 +51,15 @@ impl Machine {
         let Resources { kvm, source, disks, vsock, networks, shares } = resources;
         let kvm = Arc::new(kvm);
         let prefault = config.prefault.then_some(is_interrupted);
+        let mut added_devices = 0;
         let (memory, loader) = match source {
             Source::Boot(files) => {
                 let memory = memory::create(config.memory_mib, config.huge_pages.pages(), prefault)?;
                 let contents = Contents::new(config, *files);
                 (memory.clone(), Loader::boot(kvm.clone(), memory, contents, timings.clone())?)
             }
-            Source::Snapshot(SnapshotFiles { state, memory, .. }) => {
+            Source::Snapshot(SnapshotFiles { state, memory, added_devices: added, .. }) => {
+                added_devices = added;
                 let loader = Loader::restore(kvm.clone(), state, timings.clone())?;
                 (memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?, loader)
             }
@@ -83,7 +85,7 @@ impl Machine {
         };
         let vm = Arc::new(vm);
         let mut machine = Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm };
-        saved.iter().try_for_each(|state| machine.restore(state))?;
+        saved.iter().try_for_each(|state| machine.restore(state, added_devices))?;
         Ok(machine)
     }
 }
@@ -136,11 +138,9 @@ fn create_devices(
     shares: Vec<SharedFolder>,
 ) -> Result<(Vec<VirtioDevice>, Controls)> {
     let (mut devices, mut controls) = (Vec::new(), Controls::default());
-    for disk in disks {
-        let (device, control) = block::device(disk).context("create a disk device")?;
-        devices.push(device);
-        controls.disks.push(control);
-    }
+    let early_disks = disks.len().saturating_sub(config.late_disks);
+    let mut disks = disks.into_iter();
+    add_disks(disks.by_ref().take(early_disks), &mut devices, &mut controls)?;
     devices.push(rng::device());
     // After the disks, because the names of devices in the guest depend on their order.
     if let Some(vsock) = vsock {
@@ -163,10 +163,24 @@ fn create_devices(
         devices.push(device);
         controls.balloon = Some(control);
     }
+    add_disks(disks, &mut devices, &mut controls)?;
     for share in shares {
         devices.push(fs::device(share).context("create a share's device")?);
     }
     Ok((devices, controls))
+}
+
+fn add_disks(
+    disks: impl Iterator<Item = DiskFile>,
+    devices: &mut Vec<VirtioDevice>,
+    controls: &mut Controls,
+) -> Result<()> {
+    for disk in disks {
+        let (device, control) = block::device(disk).context("create a disk device")?;
+        devices.push(device);
+        controls.disks.push(control);
+    }
+    Ok(())
 }
 
 fn cmdline(config: &MachineConfig, kernel_words: &str, has_initrd: bool) -> String {

@@ -62,9 +62,9 @@ impl Machine {
     }
 
     /// Restores the state of the devices and the interrupt controller of a machine that has never run; its vCPUs were created
-    /// with their state. The guest gets a new generation ID, and is told.
-    pub(super) fn restore(&mut self, state: &MachineState) -> Result<()> {
-        let (found, expected) = (state.transports.len(), self.transports.len());
+    /// with their state. The last `added_devices` are new to the guest. It gets a new generation ID, and is told.
+    pub(super) fn restore(&mut self, state: &MachineState, added_devices: usize) -> Result<()> {
+        let (found, expected) = (state.transports.len(), self.transports.len().saturating_sub(added_devices));
         ensure!(found == expected, "the saved machine has {found} devices, this one {expected}");
         // Devices raise again what may have been on its way, which needs the interrupt controller in its last state.
         self.vm.restore(&state.vm)?;
@@ -117,7 +117,7 @@ mod tests {
     }
 
     fn restore(config: &MachineConfig, state: Vec<u8>, memory: File) -> Result<Machine> {
-        let source = Source::Snapshot(SnapshotFiles { state, memory, shares: Vec::new() });
+        let source = Source::Snapshot(SnapshotFiles { state, memory, shares: Vec::new(), added_devices: 0 });
         let (resources, _outside) = resources::open_for(config, source).unwrap();
         build(config, resources)
     }

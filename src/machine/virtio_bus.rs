@@ -12,7 +12,7 @@ use crate::pci::{Ecam, Function, Functions, Ports, Window};
 use crate::vcpu::Buses;
 use crate::virtio::mmio::register;
 use crate::virtio::pci::{Slot, interrupt_count};
-use crate::virtio::{MmioTransport, PciTransport, Transport, VirtioDevice};
+use crate::virtio::{MmioTransport, PciTransport, Transport, Vacant, VirtioDevice};
 
 /// Creates the transports of `devices`, in their order on the bus.
 pub fn attach(
@@ -25,6 +25,7 @@ pub fn attach(
     match bus {
         VirtioBus::Mmio { .. } => {
             attach_ports(buses, Functions::default())?;
+            attach_vacant(buses, devices.len())?;
             devices
                 .into_iter()
                 .enumerate()
@@ -33,6 +34,16 @@ pub fn attach(
         }
         VirtioBus::Pci => attach_pci(vm, buses, memory, devices),
     }
+}
+
+/// Fills the places behind `count` devices.
+fn attach_vacant(buses: &mut Buses, count: usize) -> Result<()> {
+    let vacant = layout::VIRTIO_MMIO_MAX.saturating_sub(count) as u64;
+    if vacant == 0 {
+        return Ok(());
+    }
+    let (base, _) = layout::virtio_mmio_slot(count);
+    Ok(buses.memory.insert(base, vacant * layout::VIRTIO_MMIO_STRIDE, Arc::new(Vacant))?)
 }
 
 fn attach_mmio(

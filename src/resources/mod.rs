@@ -88,6 +88,8 @@ pub struct SnapshotFiles {
     pub memory: File,
     /// What its guest knows of each share.
     pub shares: Vec<File>,
+    /// How many devices, the last ones, the machine gets that the saved one did not have.
+    pub added_devices: usize,
 }
 
 impl SnapshotFiles {
@@ -96,7 +98,7 @@ impl SnapshotFiles {
         let memory = self.memory.try_clone().context("duplicate a file descriptor")?;
         let shares = self.shares.iter().map(File::try_clone).collect::<std::io::Result<_>>();
         let shares = shares.context("duplicate a file descriptor")?;
-        Ok(SnapshotFiles { state: self.state.clone(), memory, shares })
+        Ok(SnapshotFiles { state: self.state.clone(), memory, shares, added_devices: self.added_devices })
     }
 }
 

@@ -139,7 +139,7 @@ impl Snapshot {
                 base.path.display()
             );
         }
-        Ok(Snapshot { description, files: SnapshotFiles { state, memory, shares }, disks })
+        Ok(Snapshot { description, files: SnapshotFiles { state, memory, shares, added_devices: 0 }, disks })
     }
 }
 

@@ -17,9 +17,10 @@ use rustix::system::uname;
 use serde::{Deserialize, Serialize};
 
 use super::{Description, Snapshot, read_ahead};
-use crate::config::{Attachment, MachineConfig, NetworkConfig, Rate, UserNetwork, VsockConfig};
+use crate::config::{Attachment, DiskConfig, MachineConfig, NetworkConfig, Rate, Transport, UserNetwork, VsockConfig};
 use crate::image::store::{self, Store};
 use crate::image::{Digest, Pruned};
+use crate::layout::VirtioBus;
 use crate::resources::disk::stamp::Stamp;
 use crate::resources::lock;
 use crate::sys::processor;
@@ -43,8 +44,6 @@ pub struct Fingerprint {
     processor: String,
     /// The version of its microcode, if known.
     microcode: String,
-    /// Whether the root file system has no writable layer.
-    is_readonly: bool,
     /// Names of programs that are in the machine's memory already.
     #[serde(default)]
     programs: BTreeSet<String>,
@@ -52,7 +51,7 @@ pub struct Fingerprint {
 
 impl Fingerprint {
     /// The current one of a machine with this configuration, whose first disk is its root file system.
-    pub fn of(config: &MachineConfig, is_readonly: bool) -> Result<Fingerprint> {
+    pub fn of(config: &MachineConfig) -> Result<Fingerprint> {
         let root = &config.disks.first().context("the machine has no root file system")?.path;
         let host = uname();
         Ok(Fingerprint {
@@ -62,7 +61,6 @@ impl Fingerprint {
             host: format!("{} {}", host.release().to_string_lossy(), host.version().to_string_lossy()),
             processor: processor::identity(),
             microcode: microcode(),
-            is_readonly,
             programs: BTreeSet::new(),
         })
     }
@@ -77,11 +75,6 @@ impl Fingerprint {
         programs.iter().all(|program| self.programs.contains(program))
     }
 
-    /// Whether the root file system has no writable layer.
-    pub fn is_readonly(&self) -> bool {
-        self.is_readonly
-    }
-
     /// What has changed since `earlier`, if anything has that the guest could notice.
     pub fn change_since(&self, earlier: &Fingerprint) -> Option<&'static str> {
         let same = [
@@ -91,7 +84,6 @@ impl Fingerprint {
             (self.host == earlier.host, "the host's kernel"),
             (self.processor == earlier.processor, "the processor"),
             (self.microcode == earlier.microcode, "the processor's microcode"),
-            (self.is_readonly == earlier.is_readonly, "whether the root filesystem is read-only"),
         ];
         same.iter().find(|(is_same, _)| !is_same).map(|(_, name)| *name)
     }
@@ -104,12 +96,12 @@ fn microcode() -> String {
     read.map_or_else(|_| String::new(), |_| version.trim().to_owned())
 }
 
-/// Where the warm image for machines with this configuration is, whether it exists or not. `is_readonly` says that the root file
-/// system has no writable layer. Fails if the root file system is not in the image store.
-pub fn place(config: &MachineConfig, is_readonly: bool) -> Result<PathBuf> {
+/// Where the warm image for machines with this configuration is, whether it exists or not. Fails if the root file system is not in
+/// the image store.
+pub fn place(config: &MachineConfig) -> Result<PathBuf> {
     let dir =
         dir_of(config).context("the image is not in the image store: use --output DIR, and `husk run --from DIR`")?;
-    let json = serde_json::to_vec(&(seen_by_guest(config)?, is_readonly))?;
+    let json = serde_json::to_vec(&seen_by_guest(config)?)?;
     Ok(dir.join(Digest::of(&json).hex()))
 }
 
@@ -118,7 +110,8 @@ fn dir_of(config: &MachineConfig) -> Option<PathBuf> {
     store::warm_dir_of(&config.disks.first()?.path)
 }
 
-/// The configuration as far as a guest that waits for its command sees it.
+/// The configuration as far as a guest that waits for its command sees it. It gets all disks but the first, and shares, when its run
+/// begins.
 fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
     let config = super::with_absolute_paths(config)?;
     let vsock = config.vsock.as_ref().map(|vsock| VsockConfig { socket: PathBuf::new(), ..vsock.clone() });
@@ -135,8 +128,11 @@ fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
         vhost: None,
     });
     let networks = networks.collect();
-    let mut disks = config.disks.clone();
-    disks.iter_mut().for_each(|disk| disk.rate = Rate::default());
+    let root = config.disks.first().map(|disk| DiskConfig { rate: Rate::default(), ..disk.clone() });
+    let transport = match config.virtio_bus() {
+        VirtioBus::Mmio { .. } => Transport::Mmio,
+        VirtioBus::Pci => Transport::Pci,
+    };
     Ok(MachineConfig {
         cmdline: String::new(),
         cpu_limit_millicpus: None,
@@ -146,36 +142,40 @@ fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
         sandbox: true,
         vsock,
         networks,
-        disks,
+        transport,
+        spare_slots: true,
+        disks: root.into_iter().collect(),
+        late_disks: 0,
+        shares: Vec::new(),
         ..config
     })
 }
 
 /// Opens the snapshot at `path`, from which a machine with this configuration starts. Fails if it would not boot in the same way.
-pub fn open(path: &Path, config: &MachineConfig, is_readonly: bool) -> Result<Snapshot> {
-    let snapshot = Snapshot::open(path)?;
-    let check = || -> Result<()> {
+pub fn open(path: &Path, config: &MachineConfig) -> Result<Snapshot> {
+    let mut snapshot = Snapshot::open(path)?;
+    let check = || -> Result<usize> {
         let Description { config: saved, fingerprint, .. } = &snapshot.description;
         let made_with = fingerprint.as_ref().context("its machine does not wait for a command")?;
-        if let Some(change) = Fingerprint::of(config, is_readonly)?.change_since(made_with) {
+        if let Some(change) = Fingerprint::of(config)?.change_since(made_with) {
             bail!("{change} has changed since it was made: make another one with `husk warm`");
         }
         ensure!(
             seen_by_guest(saved)? == seen_by_guest(config)?,
             "its machine has other devices or limits than this one"
         );
-        Ok(())
+        config.device_count().checked_sub(saved.device_count()).context("its machine has more devices than this one")
     };
-    check().with_context(|| format!("start from the snapshot {}", path.display())).map(|()| snapshot)
+    snapshot.files.added_devices = check().with_context(|| format!("start from the snapshot {}", path.display()))?;
+    Ok(snapshot)
 }
 
 /// The warm image that a machine with this configuration starts from. `None` if there is none, or, with a line of the log, if it
 /// is of no use. Where an image has never been warm, this costs one look into the store.
-pub fn find(config: &MachineConfig, is_readonly: bool) -> Option<Snapshot> {
+pub fn find(config: &MachineConfig) -> Option<Snapshot> {
     dir_of(config).filter(|dir| dir.exists())?;
-    let path = place(config, is_readonly).ok().filter(|path| path.exists())?;
-    let snapshot =
-        open(&path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()?;
+    let path = place(config).ok().filter(|path| path.exists())?;
+    let snapshot = open(&path, config).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()?;
     if let Err(error) = read_ahead::if_not_cached(&snapshot.files.memory) {
         log::debug!("read ahead the memory of the warm image: {error}");
     }
@@ -188,7 +188,7 @@ pub fn prune(store: &Store, pruned: &mut Pruned) -> Result<()> {
         let is_useful = || -> Result<bool> {
             let Description { config, fingerprint, .. } = Snapshot::open(&path)?.description;
             let made_with = fingerprint.context("it does not wait for a command")?;
-            Ok(Fingerprint::of(&config, made_with.is_readonly())?.change_since(&made_with).is_none())
+            Ok(Fingerprint::of(&config)?.change_since(&made_with).is_none())
         };
         // One that is being made is not complete yet.
         let Some(_alone) = lock::try_alone(&path.with_extension("lock"))? else { continue };

@@ -77,7 +77,9 @@ pub mod register {
 use register::*;
 
 /// "virt".
-const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+pub(super) const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+/// The version without legacy interface.
+pub(super) const VERSION_2: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"husk");
 /// InterruptStatus: a queue has used buffers.
 const USED_BUFFER: u32 = 1 << 0;
@@ -262,7 +264,7 @@ impl MmioTransport {
         let queue = session.queue(selectors.queue);
         Some(match offset {
             MAGIC_VALUE => MAGIC,
-            VERSION => 2,
+            VERSION => VERSION_2,
             DEVICE_ID => session.device_type(),
             VENDOR_ID => VENDOR,
             DEVICE_FEATURES => session.device_features(selectors.device_features),

@@ -22,6 +22,7 @@ pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod session;
+mod vacant;
 pub mod vsock;
 pub mod worker;
 
@@ -34,6 +35,7 @@ pub use config_space::ConfigSpace;
 pub use mmio::{MmioState, MmioTransport};
 pub use pci::{PciState, PciTransport};
 pub use queue::{Chain, RingError, Virtqueue};
+pub use vacant::Vacant;
 
 /// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may refer to a table of descriptors.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;

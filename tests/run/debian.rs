@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::guests::provided;
-use crate::{Ended, finish, guests, husk_with};
+use crate::{Ended, finish, guests, husk_command, husk_with};
 
 /// The store, or `None` with a visible message.
 fn store(test: &str) -> Option<PathBuf> {
@@ -100,4 +100,21 @@ fn tar_and_a_compiler_work_in_a_shared_folder() {
     let ended = debian_with(&guests, &store, &["-v", &format!("{}:/work", dir.path().display())], script);
     assert_eq!(ended.expect(0).text(), "750\n3/6\n19\nmoved\ntree.tar\n42\n", "{}", ended.errors);
     assert_eq!(std::fs::read_to_string(dir.path().join("moved/link")).unwrap(), "3 6\n");
+}
+
+#[test]
+fn no_process_of_the_image_is_left_in_a_warm_machine() {
+    let (guests, store) = debian!();
+    let machine = |command: &str, words: &[&str]| {
+        let words = [&["--network", "none"], words].concat();
+        let mut command = husk_command(command, &guests, "micro", "256M", &words);
+        command.env("HUSK_DATA", &store);
+        finish(command, Vec::new())
+    };
+    // Their linkers were asked for their libraries, which runs them.
+    machine("warm", &["debian", "sh", "python3"]).expect(0);
+    let script = "for p in /proc/[0-9]*; do test ! -e $p/exe || cat $p/comm; done";
+    let ended = machine("run", &["--verbose", "debian", "sh", "-c", script]);
+    assert!(ended.errors.contains("the machine starts from a warm image"), "{}", ended.errors);
+    assert_eq!(ended.expect(0).text(), "init\nsh\n");
 }

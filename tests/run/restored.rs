@@ -128,7 +128,12 @@ impl Guest {
         thread::sleep(Duration::from_millis(200));
         let output = output_in(&self.log);
         drop(self.dir);
-        Saved { files: SnapshotFiles { state, memory, shares: Vec::new() }, config: self.config, output, received }
+        Saved {
+            files: SnapshotFiles { state, memory, shares: Vec::new(), added_devices: 0 },
+            config: self.config,
+            output,
+            received,
+        }
     }
 }
 
@@ -358,10 +363,10 @@ fn a_run_finds_in_a_waiting_machine_what_it_finds_in_one_that_boots_for_it() {
         let spec = connected(spec(&format!("{LOOK}; exit {last}"), false, &format!("box-{last}")), last);
         let (end, booted) = boot(&spec, &kernel).finish();
         assert_eq!(end, ToHost::Exited(last));
-        let run = spec.begin(&waiting.networks).unwrap();
+        let (overlay, run) = spec.begin(&waiting.networks).unwrap();
         let start = Instant::now();
         let mut guest = saved.restore_with(&config(&spec, &kernel), &|listener, endpoints, timings| {
-            Session::beginning(listener, run.clone(), endpoints, timings)
+            Session::beginning(listener, overlay.clone(), run.clone(), endpoints, timings)
         });
         guest.wait_until("its process has started", |guest| guest.session.has_started());
         println!("started after {} ms", start.elapsed().as_millis());

@@ -69,12 +69,37 @@ fn a_command_sees_the_same_in_a_warm_machine() {
     assert!(!is_warm(&prefaulted), "another balloon: {}", prefaulted.errors);
     assert_eq!(prefaulted.expect(0).text(), "x\n");
     let readonly = run(&guests, &["--read-only"], "echo x > /x");
-    assert!(!is_warm(&readonly), "another root: {}", readonly.errors);
-    readonly.expect(1);
-    warm(&guests, &["--read-only"]);
-    let readonly = run(&guests, &["--read-only"], "echo x > /x");
     assert!(is_warm(&readonly), "{}", readonly.errors);
     readonly.expect(1);
+}
+
+#[test]
+fn a_warm_machine_gets_disks_and_folders_of_its_own() {
+    let guests = guests!();
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("f"), "shared\n").unwrap();
+    let (folder, file) = (dir.path().display().to_string(), dir.path().join("f").display().to_string());
+    let [folder, file] = [format!("{folder}:/mnt"), format!("{file}:/etc/f:ro")];
+    let shares = ["-v", &folder, "-v", &file, "--volume", "/data"];
+    // The last line lists the processes that are not the kernel's.
+    let script = "cat /mnt/f /etc/f; cat /proc/partitions; ls /dev /sys/block /data; ls -l /sys/block /sys/bus/virtio/devices | sed 's/.*-> //'
+        sed 's/size=[0-9]*k,nr_inodes=[0-9]*//' /proc/mounts; test ! -e /kept; ls -A /; echo x >/kept; echo y >/data/y
+        for p in /proc/[0-9]*; do test ! -e $p/exe || cat $p/comm; done";
+    for transport in ["mmio", "pci"] {
+        warm(&guests, &["--transport", transport]);
+        let flags = [&["--rm", "--scratch", "64M", "--transport", transport], &shares[..]].concat();
+        let boot = run(&guests, &[&flags[..], &["--no-warm"]].concat(), script);
+        let started = run(&guests, &flags, script);
+        assert!(is_warm(&started) && !is_warm(&boot), "{}\n{}", started.errors, boot.errors);
+        assert_eq!(started.expect(0).text(), boot.expect(0).text());
+        assert!(started.text().starts_with("shared\nshared\n"), "{}", started.text());
+        assert!(started.text().ends_with("\ninit\nsh\n"), "{}", started.text());
+    }
+    let stays = run(&guests, &["--name", "warm-and-stays"], "echo x >>/kept; cat /kept");
+    assert!(is_warm(&stays), "{}", stays.errors);
+    assert_eq!(stays.expect(0).text(), "x\n");
+    assert_eq!(finish(plain(&["start", "-a", "warm-and-stays"]), Vec::new()).expect(0).text(), "x\nx\n");
+    finish(plain(&["rm", "warm-and-stays"]), Vec::new()).expect(0);
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod connection;
 mod connections;
 mod content;
 pub mod copy;
+mod devices;
 mod disk;
 pub mod errors;
 mod identity;
@@ -111,10 +112,10 @@ fn wait_and_begin(session: &mut Session, prepared: &mut Prepared) {
 }
 
 fn begin(session: &mut Session, prepared: &mut Prepared) -> Result<(), Failure> {
-    let (renewal, run) = session.wait_for_run()?;
+    let (renewal, overlay, run) = session.wait_for_run()?;
     session.renew(&renewal);
     let connecting = Connecting::start(streams_of(&run.process))?;
-    let set_up = prepared.set_up(&run);
+    let set_up = prepared.begin(&overlay, &run);
     session.add(connecting.complete()?);
     match set_up {
         Ok(()) => session.start(&run.process, prepared.hostname()),

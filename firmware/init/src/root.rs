@@ -1,14 +1,14 @@
 //! Mounts the root file system.
 
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{Overlay, Root, Spec, Start};
-use nix::mount::{MsFlags, mount as mount_call};
-use nix::unistd::{chdir, chroot};
+use nix::mount::{MntFlags, MsFlags, mount as mount_call, umount2};
+use nix::unistd::{chdir, chroot, fchdir};
 
 use crate::disk;
 use crate::errors::{Context, Failure};
@@ -32,7 +32,6 @@ pub struct Kept(OwnedFd);
 impl Kept {
     /// Writes everything to the disk, so that the machine may end at any moment.
     pub fn settle(&self) {
-        use std::os::fd::AsFd;
         let _ = nix::unistd::syncfs(&self.0);
         if let Err(error) = sys::freeze(self.0.as_fd()) {
             report::say(&format!("unmount the disk: {error}"));
@@ -75,6 +74,11 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
     await_device(device)?;
     mount_device(device, IMAGE, "erofs", MsFlags::MS_RDONLY, "")
         .context(format_args!("mount the image on {device} (erofs)"))?;
+    mount_layers(overlay)
+}
+
+/// Mounts the image's writable layer, and both together as the root.
+fn mount_layers(overlay: &Overlay) -> Result<Option<Kept>, Failure> {
     let kept = match overlay {
         Overlay::Disk(device) => {
             await_device(device)?;
@@ -123,6 +127,41 @@ fn await_device(device: &str) -> Result<(), Failure> {
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
+}
+
+/// The kernel's first root file system, in which the machine's own is mounted.
+pub struct Initramfs(OwnedFd);
+
+impl Initramfs {
+    /// To be called before [`enter`].
+    pub fn open() -> Result<Initramfs, Failure> {
+        Ok(Initramfs(File::open("/").context("open the initramfs")?.into()))
+    }
+
+    /// Replaces the writable layer of an image, in which nothing has run yet, by `overlay`. What was read of the image stays in
+    /// memory. Returns the file system to sync, if any.
+    pub fn replace_layer(&self, overlay: &Overlay) -> Result<Option<Kept>, Failure> {
+        self.leave_root()?;
+        umount2(OVERLAY, MntFlags::MNT_DETACH).context("unmount the writable layer")?;
+        let kept = mount_layers(overlay)?;
+        enter()?;
+        Ok(kept)
+    }
+
+    /// The opposite of [`enter`].
+    fn leave_root(&self) -> Result<(), Failure> {
+        for dir in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
+            // The kernel may not support it.
+            let _ = umount2(dir, MntFlags::MNT_DETACH);
+        }
+        let root = File::open("/").context("open the root")?;
+        // It is mounted above the initramfs, where no path leads but from its own descriptor.
+        fchdir(self.0.as_fd()).and_then(|()| chroot(".")).context("return to the initramfs")?;
+        fchdir(root.as_fd()).context("return to the root")?;
+        mount_call(Some("dev"), "/dev", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move /dev back")?;
+        umount2(".", MntFlags::MNT_DETACH).context("unmount the root")?;
+        chdir("/").context("return to the initramfs")
+    }
 }
 
 /// Enters the mounted root file system, and mounts what programs expect.

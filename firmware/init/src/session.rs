@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use husk_protocol::{Identity, MAIN_SESSION, Process, Renewal, Role, Run, ToGuest, ToHost};
+use husk_protocol::{Identity, MAIN_SESSION, Overlay, Process, Renewal, Role, Run, ToGuest, ToHost};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
@@ -139,12 +139,12 @@ impl Session {
 
     /// Says that the process of the main session may begin, and waits until it is to. Meanwhile the machine may be restored
     /// any number of times.
-    pub fn wait_for_run(&mut self) -> Result<(Renewal, Box<Run>), Failure> {
+    pub fn wait_for_run(&mut self) -> Result<(Renewal, Overlay, Box<Run>), Failure> {
         loop {
             self.control.say(&ToHost::Waiting);
             while self.control.is_open() && !self.finished {
                 match self.control.next() {
-                    Some(ToGuest::Begin(renewal, run)) => return Ok((renewal, run)),
+                    Some(ToGuest::Begin(renewal, overlay, run)) => return Ok((renewal, overlay, run)),
                     Some(message) => self.obey(message),
                     None => {
                         if let Some((fd, events)) = self.control.awaits() {

@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::Path;
 
-use husk_protocol::{Identity, Overlay, Root, Run, Spec};
+use husk_protocol::{Identity, Overlay, Root, Run, Spec, Start};
 use nix::unistd::sethostname;
 
+use crate::devices;
 use crate::errors::{Context, Failure};
 use crate::mounts;
 use crate::network::Network;
 use crate::process;
 use crate::report;
-use crate::root::{self, Kept, make_dir};
+use crate::root::{self, Initramfs, Kept, make_dir};
 use crate::sysctl;
 
 /// A machine in its root file system that may be set up for a run.
@@ -20,6 +21,8 @@ pub struct Prepared {
     pub kept: Option<Kept>,
     network: Result<Network, Failure>,
     is_readonly: bool,
+    /// Of a machine that waits for its run, which may have another writable layer.
+    initramfs: Option<Initramfs>,
     /// What the machine was told last; at first, nothing.
     identity: Identity,
 }
@@ -28,9 +31,24 @@ impl Prepared {
     /// Prepares all that does not depend on the run.
     pub fn new(spec: &Spec) -> Result<Prepared, Failure> {
         let kept = root::mount(spec)?;
+        let initramfs = matches!(spec.start, Start::Wait(_)).then(Initramfs::open).transpose()?;
         root::enter()?;
         let is_readonly = matches!(spec.root, Root::Image { overlay: Overlay::ReadOnly, .. });
-        Ok(Prepared { kept, network: prepare_network(), is_readonly, identity: Identity::default() })
+        Ok(Prepared { kept, network: prepare_network(), is_readonly, initramfs, identity: Identity::default() })
+    }
+
+    /// Sets up a machine that has waited for its run, with the writable layer `overlay`.
+    pub fn begin(&mut self, overlay: &Overlay, run: &Run) -> Result<(), Failure> {
+        let initramfs = self.initramfs.take();
+        let is_on_disk = matches!(overlay, Overlay::Disk(_));
+        if is_on_disk || !run.shares.is_empty() {
+            devices::find_added();
+        }
+        if is_on_disk && let Some(initramfs) = initramfs {
+            self.kept = initramfs.replace_layer(overlay)?;
+        }
+        self.is_readonly = *overlay == Overlay::ReadOnly;
+        self.set_up(run)
     }
 
     /// Sets up what the run's process finds in the machine.

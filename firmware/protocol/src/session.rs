@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::frame::Message;
 use crate::hello::Role;
-use crate::spec::{Identity, Limit, Run};
+use crate::spec::{Identity, Limit, Overlay, Run};
 
 /// A process to be started in the guest. User names and PATH are resolved with the guest's files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,8 +104,9 @@ pub enum ToGuest {
         /// saved.
         cut: bool,
     },
-    /// Start the main process. The answer to [`ToHost::Waiting`].
-    Begin(Renewal, Box<Run>),
+    /// Start the main process, with this writable layer above the image. The answer to [`ToHost::Waiting`]. A disk with that layer, and
+    /// the run's shares, are devices that the guest has not seen before.
+    Begin(Renewal, Overlay, Box<Run>),
 }
 
 impl Message for ToGuest {

@@ -135,9 +135,6 @@ impl Contender for Husk {
     fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
         if let Start::Warm { has_network } = self.start {
             let refused = |reason: &str| Err(Unsupported(reason.to_owned()).into());
-            if job.scratch_mib.is_some() {
-                return refused("a machine with a scratch disk always boots");
-            }
             if job.port.is_some() && !has_network {
                 return refused("there is no warm image of a machine with a network");
             }
@@ -173,14 +170,12 @@ mod tests {
 
     #[test]
     fn what_cannot_start_from_a_warm_image_is_skipped_instead_of_booted() {
-        let with_scratch = job(&["echo"]);
         let with_port = Job { scratch_mib: None, port: Some(8000), ..job(&["echo"]) };
         let reason = |husk: Husk, job: &Job| {
             let error = husk.launch(&fixture(), job).err()?;
             assert!(error.is::<Unsupported>());
             Some(error.to_string())
         };
-        assert!(reason(warm(true), &with_scratch).unwrap().contains("always boots"));
         assert!(reason(warm(false), &with_port).unwrap().contains("no warm image"));
         assert_eq!(reason(warm(true), &with_port), None);
     }

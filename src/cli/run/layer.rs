@@ -16,7 +16,7 @@ const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 impl Run {
     /// Where the writable layer of the machine is, if it stays and has one of its own.
     pub(super) fn own_layer(&self, dir: &MachineDir) -> Option<PathBuf> {
-        let has_one = self.lifecycle.stays() && self.from.is_none() && !self.machine.read_only;
+        let has_one = self.lifecycle.stays() && !self.machine.read_only;
         dir.kept().filter(|_| has_one).map(Path::to_owned)
     }
 

@@ -97,7 +97,7 @@ impl MachineFlags {
     /// Takes the values of the machine in the snapshot `dir`, and returns its image.
     pub fn adopt(&mut self, dir: &Path) -> Result<String> {
         let Description { image, config, fingerprint, .. } = Snapshot::open(dir)?.description;
-        let fingerprint = fingerprint.with_context(|| {
+        fingerprint.with_context(|| {
             let name = dir.display();
             format!("the machine in the snapshot {name} already runs its command: use `husk restore {name}`")
         })?;
@@ -110,7 +110,6 @@ impl MachineFlags {
         self.transport = Some(config.transport);
         self.kernel = Some(config.kernel);
         self.nested = config.nested;
-        self.read_only = fingerprint.is_readonly();
         Ok(image)
     }
 

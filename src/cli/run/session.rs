@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use husk_protocol::{Run, ToHost};
+use husk_protocol::{Overlay, Run, ToHost};
 use log::Level;
 
 use crate::cli::boot;
@@ -31,8 +31,8 @@ pub enum Start {
         /// Whether it has a terminal.
         terminal: bool,
     },
-    /// It waits for this one.
-    Begin(Run),
+    /// It waits for this one, with this writable layer.
+    Begin(Overlay, Run),
     /// It had it when the machine was saved.
     Resume {
         /// What had arrived of its outputs.
@@ -68,7 +68,7 @@ pub fn run(
     };
     let (stdin, terminal) = match &start {
         Start::Boot { stdin, terminal } | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
-        Start::Begin(run) => (run.process.stdin, run.process.terminal.is_some()),
+        Start::Begin(_, run) => (run.process.stdin, run.process.terminal.is_some()),
         Start::Wait(_) => (false, false),
     };
     let timings = timings.clone();
@@ -77,7 +77,9 @@ pub fn run(
         Start::Resume { received, change, .. } => {
             (Session::resumed(listener, *received, terminal, change.clone(), endpoints, timings.clone())?, None)
         }
-        Start::Begin(run) => (Session::beginning(listener, run.clone(), endpoints, timings.clone())?, None),
+        Start::Begin(overlay, run) => {
+            (Session::beginning(listener, overlay.clone(), run.clone(), endpoints, timings.clone())?, None)
+        }
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
     };
     // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use husk_protocol::{MAIN_SESSION, Renewal, Role, Run, ToGuest};
+use husk_protocol::{MAIN_SESSION, Overlay, Renewal, Role, Run, ToGuest};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::control::ControlConnection;
@@ -57,16 +57,22 @@ impl Session {
         session.listening(listener)
     }
 
-    /// Creates the session of a machine that waits for its process, usually a restored one, and begins `run` in it. From then
-    /// on the session is like that of a machine that was started for the run.
-    pub fn beginning(listener: UnixListener, run: Run, endpoints: Endpoints, timings: Arc<Timings>) -> Result<Session> {
+    /// Creates the session of a machine that waits for its process, usually a restored one, and begins `run` in it, with the
+    /// writable layer `overlay`. From then on the session is like that of a machine that was started for the run.
+    pub fn beginning(
+        listener: UnixListener,
+        overlay: Overlay,
+        run: Run,
+        endpoints: Endpoints,
+        timings: Arc<Timings>,
+    ) -> Result<Session> {
         let (stdin, on_terminal) = (run.process.stdin, run.process.terminal.is_some());
         let run = Box::new(run);
         let longest = Renewal { time_ns: u64::MAX, entropy: [0; 32] };
-        husk_protocol::frame::write(&ToGuest::Begin(longest, run.clone()), &mut Vec::new())
+        husk_protocol::frame::write(&ToGuest::Begin(longest, overlay.clone(), run.clone()), &mut Vec::new())
             .context("the command is too long")?;
         let mut session = Session::without_connections(MAIN_SESSION, stdin, on_terminal, endpoints, timings)?;
-        session.run = Some(run);
+        session.run = Some((overlay, run));
         session.listening(listener)
     }
 

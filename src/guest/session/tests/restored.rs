@@ -1,7 +1,7 @@
 //! Sessions of machines that were restored, or that wait for their process.
 
-use husk_protocol::Process;
 use husk_protocol::frame::Reader;
+use husk_protocol::{Overlay, Process};
 
 use super::*;
 use crate::console::stream_log::LogReader;
@@ -134,12 +134,16 @@ fn a_machine_waits_until_its_run_begins() {
 fn a_run_begins_once_in_a_machine_that_waits() {
     let process = Process { args: vec![vec![b'x'; 100_000]], ..Process::default() };
     let run = Run { process, ..Run::default() };
-    let mut host =
-        Host::with(|listener, endpoints, timings| Session::beginning(listener, run.clone(), endpoints, timings));
+    let mut host = Host::with(|listener, endpoints, timings| {
+        let disk = Overlay::Disk("/dev/vdb".into());
+        Session::beginning(listener, disk, run.clone(), endpoints, timings)
+    });
     let mut control = host.join(Role::Control);
     host.hear(&mut control, &[ToHost::Waiting, ToHost::Waiting]);
-    let [ToGuest::Begin(renewal, begun)] = &told(&mut control)[..] else { panic!("it begins once") };
-    assert!(renewal.entropy != [0; 32] && **begun == run);
+    let [ToGuest::Begin(renewal, Overlay::Disk(device), begun)] = &told(&mut control)[..] else {
+        panic!("it begins once")
+    };
+    assert!(renewal.entropy != [0; 32] && device == "/dev/vdb" && **begun == run);
     assert!(!host.session.has_started() && !host.session.is_waiting());
     let outputs = [Role::Stdout, Role::Stderr].map(|role| host.join(role));
     host.hear(&mut control, &[ToHost::Started(2), ToHost::Exited(0)]);
@@ -154,7 +158,8 @@ fn a_run_that_no_message_can_hold_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("vsock_1024")).unwrap();
     let timings = Arc::new(Timings::new(Instant::now()));
-    let session = Session::beginning(listener, Run { process, ..Run::default() }, Endpoints::Stdio, timings);
+    let run = Run { process, ..Run::default() };
+    let session = Session::beginning(listener, Overlay::Memory, run, Endpoints::Stdio, timings);
     let error = format!("{:#}", session.err().unwrap());
     assert!(error.starts_with("the command is too long: "), "{error}");
 }
