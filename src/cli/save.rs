@@ -47,6 +47,10 @@ pub(super) struct Save {
     )]
     format: Format,
 
+    /// No progress is shown anyway
+    #[arg(short, long, hide = true)]
+    quiet: bool,
+
     /// Layers are saved as they came: for compatibility with `podman save`
     #[arg(long, hide = true)]
     uncompressed: bool,

@@ -18,6 +18,10 @@ pub(super) struct Wait {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
+
+    /// What to wait for, in podman's words: that they have ended
+    #[arg(long, hide = true, value_parser = ["stopped", "exited"])]
+    condition: Vec<String>,
 }
 
 impl Wait {
