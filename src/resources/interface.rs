@@ -13,7 +13,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use husk_protocol::{InterfaceAddress, Route};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -31,8 +31,8 @@ use crate::config::MacAddress;
 
 /// All protocols (linux/if_ether.h), in network byte order as tc(8) passes it.
 const ETH_P_ALL: u16 = 0x0003_u16.to_be();
-/// The only filter of an interface's ingress has the highest priority.
-const PRIORITY: u32 = 1;
+/// The priority of husk's filters, by which they are told from those of others, which come first: `hu` in ASCII.
+const PRIORITY: u32 = 0x6875;
 /// The index of a filter's first action.
 const FIRST_ACTION: u16 = 1;
 
@@ -140,9 +140,23 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
+/// An interface whose frames a tap device sends. It gets them back when this is dropped.
+pub struct TakenOver {
+    netlink: Netlink,
+    index: u32,
+}
+
+impl Drop for TakenOver {
+    fn drop(&mut self) {
+        // The interface may be gone, and its namespace with it.
+        let _ = give_back(&self.netlink, self.index);
+    }
+}
+
 /// Connects the tap device `tap` with the interface `interface` of the calling thread's network namespace: the frames that
-/// either receives are sent by the other. The tap device gets the interface's MTU.
-pub fn take_over(interface: &str, tap: &str) -> Result<()> {
+/// either receives are sent by the other, until the result is dropped. The tap device gets the interface's MTU. Fails if another
+/// machine has the interface; what one that was killed has left there is replaced.
+pub fn take_over(interface: &str, tap: &str) -> Result<TakenOver> {
     let netlink = Netlink::open().context("open a netlink socket")?;
     let (from, mtu) = index_and_mtu(&netlink, interface)?;
     let (to, _) = index_and_mtu(&netlink, tap)?;
@@ -152,10 +166,62 @@ pub fn take_over(interface: &str, tap: &str) -> Result<()> {
     (up.header.index, up.header.flags, up.header.change_mask) = (to, LinkFlags::Up, LinkFlags::Up);
     up.attributes.push(LinkAttribute::Mtu(mtu));
     netlink.change(RouteNetlinkMessage::SetLink(up), 0).with_context(|| format!("bring up {tap}"))?;
-    for (name, from, to) in [(tap, to, from), (interface, from, to)] {
-        redirect(&netlink, from, to).with_context(|| {
-            format!("redirect the frames of {name} (needs the kernel modules sch_ingress, cls_u32 and act_mirred)")
-        })?;
+    let context =
+        |name| format!("redirect the frames of {name} (needs the kernel modules sch_ingress, cls_u32 and act_mirred)");
+    redirect(&netlink, to, from).with_context(|| context(tap))?;
+    ensure!(!is_taken(&netlink, from)?, "network interface {interface}: another machine has taken it over");
+    // There may be nothing to give back.
+    let _ = give_back(&netlink, from);
+    let taken = TakenOver { netlink, index: from };
+    redirect(&taken.netlink, from, to).with_context(|| context(interface))?;
+    Ok(taken)
+}
+
+/// Whether an interface with this index has a filter of husk's that leads to an interface that exists.
+fn is_taken(netlink: &Netlink, index: u32) -> Result<bool> {
+    let mut all = TcMessage::with_index(index.cast_signed());
+    all.header.parent = INGRESS;
+    // Without an ingress discipline there are none.
+    let filters = netlink.list(RouteNetlinkMessage::GetTrafficFilter(all)).unwrap_or_default();
+    let links = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default())).context("list interfaces")?;
+    let exists = |target: u32| {
+        let is_it = |link: &RouteNetlinkMessage| matches!(link, RouteNetlinkMessage::NewLink(link) if link.header.index == target);
+        links.iter().any(is_it)
+    };
+    Ok(filters.iter().filter_map(target_of).any(exists))
+}
+
+/// The index of the interface that a filter of husk's leads to.
+fn target_of(filter: &RouteNetlinkMessage) -> Option<u32> {
+    let RouteNetlinkMessage::NewTrafficFilter(filter) = filter else { return None };
+    let options = filter.attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Options(options) if filter.header.info >> 16 == PRIORITY => Some(options),
+        _ => None,
+    })?;
+    let actions = options.iter().find_map(|option| match option {
+        TcOption::U32(TcFilterU32Option::Action(actions)) => Some(actions),
+        _ => None,
+    })?;
+    let options = actions.iter().flat_map(|action| &action.attributes).find_map(|attribute| match attribute {
+        TcActionAttribute::Options(options) => Some(options),
+        _ => None,
+    })?;
+    options.iter().find_map(|option| match option {
+        TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror)) => Some(mirror.ifindex),
+        _ => None,
+    })
+}
+
+/// Removes husk's filter from an interface, and its ingress discipline if that has no other filter.
+fn give_back(netlink: &Netlink, index: u32) -> io::Result<()> {
+    let mut filter = TcMessage::with_index(index.cast_signed());
+    (filter.header.parent, filter.header.info) = (INGRESS, PRIORITY << 16);
+    netlink.change(RouteNetlinkMessage::DelTrafficFilter(filter.clone()), 0)?;
+    filter.header.info = 0;
+    if netlink.list(RouteNetlinkMessage::GetTrafficFilter(filter))?.is_empty() {
+        let mut qdisc = TcMessage::with_index(index.cast_signed());
+        (qdisc.header.handle, qdisc.header.parent) = (INGRESS, TcHandle::INGRESS);
+        netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc), 0)?;
     }
     Ok(())
 }
@@ -284,7 +350,8 @@ mod tests {
             let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
             let mut tap = tun.unwrap();
             let name = sys::net::attach_tap(&tap, "husktap%d", HEADER_BYTES, false).unwrap();
-            take_over("own", &name).unwrap();
+            let taken = take_over("own", &name).unwrap();
+            assert!(take_over("own", "lo").is_err_and(|error| error.to_string().contains("another machine")));
             assert_eq!(sys::net::interface_mtu(&name).unwrap(), 1400);
             // A frame that the interface receives.
             let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
@@ -311,7 +378,23 @@ mod tests {
                 assert!(started.elapsed() < TIMEOUT, "no frame from the tap device");
                 thread::sleep(Duration::from_millis(1));
             }
+            let disciplines = || run_for_output(&["qdisc", "show", "dev", "own"]);
+            assert!(disciplines().contains("ingress"));
+            drop(taken);
+            assert!(!disciplines().contains("ingress"), "{}", disciplines());
+            // One that is not given back leads nowhere when its tap device is gone, and is replaced.
+            std::mem::forget(take_over("own", &name).unwrap());
+            drop(tap);
+            let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+            let name = sys::net::attach_tap(&tap, "husktap%d", HEADER_BYTES, false).unwrap();
+            drop(take_over("own", &name).unwrap());
+            assert!(!disciplines().contains("ingress"), "{}", disciplines());
         });
+    }
+
+    fn run_for_output(words: &[&str]) -> String {
+        let output = std::process::Command::new("tc").args(words).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// How many frames an interface has received (proc(5), /proc/net/dev).

@@ -122,6 +122,8 @@ pub struct Outside {
     pub cgroup_limits: CgroupLimits,
     vsock: Option<vsock::VsockName>,
     passts: Vec<passt::Keeper>,
+    /// Interfaces that get their frames back when this is dropped.
+    taken: Vec<interface::TakenOver>,
     /// Those that serve folders.
     servers: Vec<Process>,
 }
@@ -200,7 +202,11 @@ pub fn open_for(config: &MachineConfig, mut source: Source) -> Result<(Resources
     for network in &config.networks {
         let (network, keeper) = net::open(network, config)?;
         networks.push(network);
-        outside.passts.extend(keeper);
+        match keeper {
+            Some(net::Keeper::Passt(passt)) => outside.passts.push(passt),
+            Some(net::Keeper::Interface(taken)) => outside.taken.push(taken),
+            None => {}
+        }
     }
     let mut shares = Vec::new();
     for share in opening {

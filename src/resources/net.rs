@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 use sha2::{Digest, Sha256};
 
+use super::interface::TakenOver;
 use super::{bridge, interface, passt};
 use crate::backend::net::{HEADER_BYTES, NetBackend, TapCounts, TapNet};
 use crate::config::Rate;
@@ -49,6 +50,14 @@ pub struct Network {
     pub counts: Option<TapCounts>,
 }
 
+/// What keeps an interface connected.
+pub enum Keeper {
+    /// It starts passt when the guest needs it, and ends it.
+    Passt(passt::Keeper),
+    /// An interface of the host's that the machine has taken over.
+    Interface(TakenOver),
+}
+
 impl Network {
     /// All descriptors.
     pub(super) fn fds(&self) -> impl Iterator<Item = RawFd> {
@@ -64,7 +73,7 @@ pub fn pairs(cpus: u32) -> u32 {
 
 /// Opens the interface `network` of `machine`. For user-mode networking this starts passt if ports are published; what is
 /// returned starts it otherwise, and ends it.
-pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<(Network, Option<passt::Keeper>)> {
+pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<(Network, Option<Keeper>)> {
     let pairs = pairs(machine.cpus) as usize;
     let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
     open_any(network, pairs, vhost).map(|(opened, keeper)| (Network { rate: network.rate, ..opened }, keeper))
@@ -78,7 +87,7 @@ struct Vhost {
     keeps_to_cpus: bool,
 }
 
-fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Network, Option<passt::Keeper>)> {
+fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Network, Option<Keeper>)> {
     let mac = match config.mac {
         Some(mac) => mac,
         None => random_mac()?,
@@ -96,7 +105,7 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Netwo
                 rate,
                 counts: None,
             };
-            Ok((network, keeper))
+            Ok((network, keeper.map(Keeper::Passt)))
         }
         Attachment::Tap { name } => {
             let (taps, _) = open_tap(name, pairs).with_context(|| format!("open tap device {name}"))?;
@@ -111,8 +120,8 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Netwo
         Attachment::Interface { name } => {
             let (taps, own_name) =
                 open_tap(TAP_NAMES, pairs).with_context(|| format!("create a tap device for {name}"))?;
-            interface::take_over(name, &own_name)?;
-            Ok((on_tap(taps, &own_name, mac, vhost)?, None))
+            let taken = interface::take_over(name, &own_name)?;
+            Ok((on_tap(taps, &own_name, mac, vhost)?, Some(Keeper::Interface(taken))))
         }
     }
 }
