@@ -5,7 +5,7 @@ mod identity;
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -76,6 +76,8 @@ impl Restore {
             identity,
             mounts,
             stop_signal,
+            stop_timeout_ms,
+            health_check,
             mut config,
             disks,
             received,
@@ -113,8 +115,8 @@ impl Restore {
             identity,
             mounts,
             stop_signal,
-            stop_timeout: None,
-            health_check: None,
+            stop_timeout: stop_timeout_ms.map(Duration::from_millis),
+            health_check,
         };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {

@@ -29,7 +29,7 @@ use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DiskConfig, MachineConfig};
+use crate::config::{DiskConfig, HealthCheck, MachineConfig};
 use crate::memory::bitmap_bytes;
 use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
@@ -85,6 +85,12 @@ pub struct Description {
     pub mounts: Vec<MountRecord>,
     /// The signal that asks its process to terminate.
     pub stop_signal: u8,
+    /// How long its process may take to terminate, if that was set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_timeout_ms: Option<u64>,
+    /// How its health is checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
     /// The configuration of the machine. A disk with a relative path is inside of the snapshot; all other paths are absolute.
     pub config: MachineConfig,
     /// The files of all other disks, which must not have changed.
@@ -358,6 +364,8 @@ mod tests {
             identity: None,
             mounts: Vec::new(),
             stop_signal: 15,
+            stop_timeout_ms: None,
+            health_check: None,
             config: MachineConfig { kernel: "vmlinux".into(), memory_mib: 32, ..MachineConfig::default() },
             disks: Vec::new(),
             received: Received::default(),

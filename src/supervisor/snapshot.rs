@@ -346,6 +346,8 @@ impl Supervisor<'_> {
             identity: record.identity.clone(),
             mounts: record.mounts.clone(),
             stop_signal: record.stop_signal,
+            stop_timeout_ms: record.stop_timeout_ms,
+            health_check: record.health_check.clone(),
             config: order.config.clone(),
             disks,
             received: self.session.as_ref().map_or_else(Received::default, |session| session.received()),

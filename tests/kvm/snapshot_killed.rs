@@ -1,4 +1,5 @@
-//! `husk snapshot` of a machine whose supervisor or monitor is killed meanwhile: what is left is a whole snapshot or none.
+//! `husk snapshot` of a machine whose supervisor or monitor is killed meanwhile, and `husk merge` that is killed: what is left is a whole
+//! snapshot or none.
 //!
 //! `HUSK_SNAPSHOT_ROUNDS=N` (`scripts/soak snapshot N`) kills N times instead of a few.
 
@@ -94,6 +95,40 @@ fn a_killed_snapshot_is_whole_or_none() {
         assert!(is_whole(&machines, &path));
         machines.ok(&["rm", "-f", "echo"]);
         fs::remove_dir_all(&path).unwrap();
+    }
+    println!("{kills} killed; successful, left, whole: {ends:?}");
+}
+
+#[test]
+fn a_killed_merge_is_whole_or_none() {
+    needs_kvm!();
+    let kills = if is_emulated() { 4 } else { 16 };
+    let machines = Machines::new();
+    let path = |name: &str| machines.runtime.path().join(name).to_str().unwrap().to_owned();
+    let [base, diff, out] = ["base", "diff", "merged"].map(path);
+    start(&machines);
+    machines.ok(&["snapshot", "--with-disks", "--track", "echo", &base]);
+    machines.ok(&["snapshot", "--with-disks", "--base", &base, "echo", &diff]);
+    machines.ok(&["rm", "-f", "echo"]);
+    let started = Instant::now();
+    machines.ok(&["merge", &diff, &out]);
+    let limit = started.elapsed();
+    let mut ends = BTreeMap::new();
+    for _ in 0..kills {
+        let _ = fs::remove_dir_all(&out);
+        let mut command = machines.command(&["merge", &diff, &out]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        thread::sleep(random(limit));
+        child.kill().unwrap();
+        let successful = child.wait().unwrap().success();
+        let (is_left, whole) = (Path::new(&out).exists(), is_whole(&machines, &out));
+        assert!(whole || !successful, "it was said to be whole");
+        *ends.entry((successful, is_left, whole)).or_insert(0) += 1;
+        // What is not whole is replaced, from snapshots that are as they were.
+        if !whole {
+            machines.ok(&["merge", &diff, &out]);
+            assert!(is_whole(&machines, &out));
+        }
     }
     println!("{kills} killed; successful, left, whole: {ends:?}");
 }

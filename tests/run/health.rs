@@ -28,6 +28,15 @@ fn the_health_the_processes_and_the_history_of_a_machine_are_shown() {
     machines.ok(&["healthcheck", "run", "web"]);
     assert!(machines.ok(&["inspect", "-f", "{{(index .State.Health.Log 0).Output}}", "web"]).contains("/ok"));
 
+    let saved = machines.runtime.path().join("saved");
+    machines.ok(&["snapshot", "web", saved.to_str().unwrap()]);
+    let mut restore = machines.command(&["restore", "-d", "--name", "copy", saved.to_str().unwrap()]);
+    restore.env("HUSK_DATA", crate::image::store());
+    crate::finish(restore, Vec::new()).expect(0);
+    let health = || machines.ok(&["inspect", "-f", "{{.State.Health.Status}}", "copy"]);
+    eventually("the restored machine is checked", || health() == "healthy\n");
+    machines.ok(&["rm", "-f", "copy"]);
+
     let list = machines.ok(&["top", "web"]);
     let commands: Vec<&str> = list.lines().filter(|line| line.ends_with("sleep 1000")).collect();
     assert!(list.starts_with("UID") && commands.iter().any(|line| line.starts_with("root")), "{list}");
