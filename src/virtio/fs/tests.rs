@@ -125,6 +125,33 @@ fn a_pause_waits_for_requests_in_flight_and_completes_them() {
 }
 
 #[test]
+fn no_request_is_lost_by_a_pause_at_any_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("f"), "").unwrap();
+    let (device, process) = served(dir.path());
+    let mut driver = Driver::new(device);
+    driver.start();
+    let bytes = request(1, 1, 1, b"f\0");
+    driver.memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+    // More than there are slots, so that some wait in the queue.
+    const AT_ONCE: u16 = SLOTS as u16 + 4;
+    for round in 1..=200_u16 {
+        for _ in 0..AT_ONCE {
+            let head = driver.chain(REQUESTS, &[(BUFFERS, bytes.len() as u32, 0), (REPLIES, 200, WRITE)]);
+            driver.offer(REQUESTS, head);
+        }
+        driver.notify(REQUESTS);
+        std::thread::sleep(Duration::from_micros(u64::from(round) * 7 % 400));
+        driver.transport.pause();
+        let before = driver.used_index(REQUESTS);
+        process.save().unwrap();
+        assert_eq!(driver.used_index(REQUESTS), before, "nothing happens to a paused guest");
+        driver.transport.resume();
+        wait_for(|| driver.used_index(REQUESTS) == round * AT_ONCE);
+    }
+}
+
+#[test]
 fn a_pause_does_not_wait_for_a_server_that_hangs_and_its_replies_are_not_lost() {
     let (device, server) = held();
     let mut driver = Driver::new(device);
