@@ -48,9 +48,9 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETFCAP);
 
-/// The most inodes that a guest's kernel can hold. Each takes about a KiB of the host's kernel.
+/// The most inodes that a guest's kernel can know of a folder.
 const INODES_MAX: usize = 500_000;
-/// The most files that a guest can have open.
+/// The most files of a folder that a guest can have open.
 const HANDLES_MAX: usize = 64_000;
 /// Descriptors for everything else: the link, and files during a request.
 const FILES_RESERVED: usize = 64;

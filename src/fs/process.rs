@@ -17,7 +17,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal};
 use super::link::{self, Ends, Link};
 use super::saved::{self, Identity};
 use super::worker::Worker;
-use super::{CAPABILITIES, Options, Server};
+use super::{CAPABILITIES, HANDLES_MAX, INODES_MAX, Options, Server};
 use crate::sandbox::folder::{self, Folder, Inside, NAMESPACES};
 use crate::sandbox::{self, ThreadRole};
 use crate::sys::fork::{self, Files, Split};
@@ -25,8 +25,9 @@ use crate::sys::{arguments, socket};
 
 /// The number of threads that serve, and so of requests that may wait for the host's disk at once.
 const THREADS: usize = 4;
-/// The most descriptors that a server gets, if the host allows it.
-const FILES_MAX: u64 = 1 << 20;
+/// The most descriptors that all servers of a machine get, if the host allows that many. Each takes about a KiB of the host's
+/// kernel, so that this also bounds memory, whatever becomes of a server.
+pub const FILES_MAX: u64 = (INODES_MAX + HANDLES_MAX) as u64;
 /// The longest report of a server that it is ready.
 const REPORT_BYTES_MAX: usize = 4096;
 /// The first byte of a report that says why there is no server.
@@ -98,11 +99,24 @@ impl Orders {
 }
 
 /// Starts a process that serves `folder`, in namespaces of its own if the host allows that. With `is_confined` its calls are
-/// filtered. `known` is what a machine that is restored knows of the folder.
-pub fn start(folder: Folder, options: Options, is_confined: bool, known: Option<&[u8]>) -> Result<Starting> {
-    let separate = spawn(&folder, options, NAMESPACES, is_confined, known);
-    separate.or_else(|error| {
-        let mut starting = spawn(&folder, options, 0, is_confined, known)?;
+/// filtered. It gets `files_max` descriptors, if the host allows that many. `known` is what a machine that is restored knows of the
+/// folder.
+pub fn start(
+    folder: Folder,
+    options: Options,
+    files_max: u64,
+    is_confined: bool,
+    known: Option<&[u8]>,
+) -> Result<Starting> {
+    let begin = |flags| {
+        let starting = spawn(&folder, options, flags, is_confined, known)?;
+        limit_files(starting.process.pid, files_max);
+        // It goes on when its users are mapped, and has its limit.
+        starting.ends.socket.send(&[0]).context("start the server")?;
+        Ok::<_, anyhow::Error>(starting)
+    };
+    begin(NAMESPACES).or_else(|error| {
+        let mut starting = begin(0)?;
         starting.lacks.push(format!("namespaces: {error:#}"));
         Ok(starting)
     })
@@ -127,9 +141,6 @@ fn spawn(folder: &Folder, options: Options, flags: i32, is_confined: bool, known
     if flags != 0 {
         map_users(pid).context("map users")?;
     }
-    allow_many_files(pid);
-    // It goes on when its users are mapped.
-    ends.socket.send(&[0]).context("start the server")?;
     Ok(Starting { process, ends, lacks: Vec::new() })
 }
 
@@ -213,10 +224,12 @@ fn subordinate(text: &str, uid: u32) -> Option<(u32, u32)> {
     })
 }
 
-/// Raises the limit of open files of a server, since it has one for each file that the guest's kernel knows.
-fn allow_many_files(pid: u32) {
+/// Sets the limit of open files of a server, which has one for each file that the guest's kernel knows. It is `files_max`, or
+/// what the host allows if that is less.
+fn limit_files(pid: u32, files_max: u64) {
     let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
-    for maximum in [FILES_MAX, rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(FILES_MAX)] {
+    let allowed = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(files_max);
+    for maximum in [files_max, allowed.min(files_max)] {
         let limit = Rlimit { current: Some(maximum), maximum: Some(maximum) };
         if rustix::process::prlimit(Some(pid), Resource::Nofile, limit).is_ok() {
             return;

@@ -38,7 +38,7 @@ use kvm_ioctls::Kvm;
 
 use crate::boot::{Kernel, KernelImage, Part};
 use crate::config::MachineConfig;
-use crate::fs::process::Process;
+use crate::fs::process::{FILES_MAX, Process};
 use crate::sandbox::affinity;
 use crate::sandbox::cgroup::{CgroupLimits, ResourceLimits};
 use host::KVM_API_VERSION;
@@ -194,7 +194,8 @@ pub fn open_for(config: &MachineConfig, mut source: Source) -> Result<(Resources
         Source::Snapshot(files) => std::mem::take(&mut files.shares),
     }
     .into_iter();
-    let open = |share| share::open(share, known.next(), config.sandbox);
+    let files_max = FILES_MAX / config.shares.len().max(1) as u64;
+    let open = |share| share::open(share, known.next(), files_max, config.sandbox);
     let opening = config.shares.iter().map(open).collect::<Result<Vec<_>>>()?;
     let mut vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
     outside.vsock = vsock.as_mut().and_then(vsock::VsockSocket::take_name);

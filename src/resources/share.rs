@@ -35,8 +35,8 @@ pub struct Opening {
 }
 
 /// Opens what `config` names, and starts its server, confined if the machine `is_confined`. `known` is what the guest of a machine
-/// that is restored knows of it.
-pub fn open(config: &ShareConfig, known: Option<File>, is_confined: bool) -> Result<Opening> {
+/// that is restored knows of it, and `files_max` the server's share of [`process::FILES_MAX`].
+pub fn open(config: &ShareConfig, known: Option<File>, files_max: u64, is_confined: bool) -> Result<Opening> {
     let ShareConfig { path, tag, readonly, cache } = config;
     let what = || format!("share {}", path.display());
     let path = path.canonicalize().with_context(what)?;
@@ -47,7 +47,7 @@ pub fn open(config: &ShareConfig, known: Option<File>, is_confined: bool) -> Res
     let folder = Folder { path, fd: file.into(), file_name, readonly: *readonly };
     let options = Options { readonly: *readonly, cache: *cache };
     let known = known.map(|file| read_known(&file)).transpose().with_context(what)?;
-    let server = process::start(folder, options, is_confined, known.as_deref()).with_context(what)?;
+    let server = process::start(folder, options, files_max, is_confined, known.as_deref()).with_context(what)?;
     Ok(Opening { tag: tag.clone(), server })
 }
 

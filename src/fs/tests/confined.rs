@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 
 use rustix::fs::RenameFlags;
 
-use super::super::process::{self, Process};
+use super::super::process::{self, FILES_MAX, Process};
 use super::super::wire::{ROOT_ID, opcode};
 use super::super::{Cache, Options};
 use super::RW;
@@ -18,7 +18,7 @@ fn serve(dir: tempfile::TempDir, file: Option<&str>) -> (Client, Process) {
     let fd = folder::open_path(&path).unwrap().into();
     let folder = Folder { path, fd, file_name: file.map(|_| SHARED_FILE), readonly: false };
     let options = Options { readonly: false, cache: Cache::Auto };
-    let (ends, process) = process::start(folder, options, true, None).unwrap().finish().unwrap();
+    let (ends, process) = process::start(folder, options, FILES_MAX, true, None).unwrap().finish().unwrap();
     (Client::of(dir, ends.connect().unwrap()), process)
 }
 
@@ -130,7 +130,7 @@ fn a_readonly_folder_is_readonly_to_the_process_itself() {
     let folder = Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: true };
     // As if a guest had made the server forget about it.
     let options = Options { readonly: false, cache: Cache::Auto };
-    let (ends, _process) = process::start(folder, options, true, None).unwrap().finish().unwrap();
+    let (ends, _process) = process::start(folder, options, FILES_MAX, true, None).unwrap().finish().unwrap();
     let mut guest = Client::of(dir, ends.connect().unwrap());
     let file = guest.look_up(ROOT_ID, "f").unwrap();
     assert_eq!(guest.set_attributes(file.id, 1, 0, (0, 0), 0o777), Err(libc::EROFS), "mode");
@@ -140,4 +140,25 @@ fn a_readonly_folder_is_readonly_to_the_process_itself() {
     assert!(guest.open(file.id, RW).is_err());
     let handle = guest.open(file.id, 0).unwrap();
     assert_eq!(guest.read(file.id, handle, 0, 10).unwrap(), b"data");
+}
+
+#[test]
+fn a_server_has_no_more_descriptors_than_its_part_of_the_machines() {
+    let dir = tempfile::tempdir().unwrap();
+    let fd = folder::open_path(dir.path()).unwrap().into();
+    let folder = Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: false };
+    let options = Options { readonly: false, cache: Cache::Auto };
+    let (ends, process) = process::start(folder, options, 264, true, None).unwrap().finish().unwrap();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["264", "264"]);
+    let mut guest = Client::of(dir, ends.connect().unwrap());
+    (0..300).for_each(|at| fs::write(guest.at(&at.to_string()), b"").unwrap());
+    let entries: Vec<_> = (0..300).filter_map(|at| guest.look_up(ROOT_ID, &at.to_string()).ok()).collect();
+    let opened = (0..300).filter_map(|_| guest.open(entries[0].id, 0).ok()).count();
+    assert_eq!((entries.len(), opened), (150, 50));
+    let files = || fs::read_dir(format!("/proc/{}/fd", process.id())).unwrap().count();
+    assert!(files() < 264, "{}", files());
+    // Full, it still does what needs a descriptor for a moment.
+    assert_eq!(guest.look_up(ROOT_ID, "none").map(|entry| entry.id), Err(libc::ENOENT));
 }

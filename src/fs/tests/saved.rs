@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::super::process::{self, Process};
+use super::super::process::{self, FILES_MAX, Process};
 use super::super::wire::{ROOT_ID, opcode};
 use super::super::{Cache, Options};
 use super::RW;
@@ -17,7 +17,7 @@ fn try_serve(path: &Path, known: Option<&[u8]>) -> anyhow::Result<(Client, Proce
     let file_name = path.is_file().then_some(SHARED_FILE);
     let options = Options { readonly: false, cache: Cache::Auto };
     let (ends, process) =
-        process::start(Folder { path, fd, file_name, readonly: false }, options, true, known)?.finish()?;
+        process::start(Folder { path, fd, file_name, readonly: false }, options, FILES_MAX, true, known)?.finish()?;
     Ok((Client::of(tempfile::tempdir().unwrap(), ends.connect().unwrap()), process))
 }
 

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::config::ShareConfig;
 use crate::fs::link::Ends;
-use crate::fs::process::Process;
+use crate::fs::process::{FILES_MAX, Process};
 use crate::resources::share;
 use crate::test_log::logged;
 use crate::virtio::contract::contract;
@@ -18,7 +18,7 @@ const REQUESTS: u32 = 1;
 
 fn served(dir: &Path) -> (VirtioDevice, Process) {
     let config = ShareConfig::of(dir.to_owned(), "work".into());
-    let (folder, process) = share::open(&config, None, true).unwrap().finish().unwrap();
+    let (folder, process) = share::open(&config, None, FILES_MAX, true).unwrap().finish().unwrap();
     (device(folder).unwrap(), process)
 }
 
