@@ -7,7 +7,7 @@ use std::process::{ChildStdin, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::husk::{Boot, Ran, Running, boot, disk_image, is_emulated};
+use crate::husk::{Boot, Ran, Running, boot, disk_image, is_emulated, servers_of};
 use husk_guests as guests;
 
 /// How long husk may take to close what a reset device had open, and the like.
@@ -45,25 +45,29 @@ pub fn on_both_buses(guest: &str, words: &str) {
     }
 }
 
-/// The threads and open files of husk, sorted.
-fn footprint(pid: u32) -> Vec<String> {
+/// The threads and open files of these processes of husk, sorted.
+fn footprint(pids: &[u32]) -> Vec<String> {
+    let mut all: Vec<String> = pids.iter().flat_map(|pid| footprint_of(*pid)).collect();
+    all.sort();
+    all
+}
+
+fn footprint_of(pid: u32) -> Vec<String> {
     let entries = |dir: &str| fs::read_dir(format!("/proc/{pid}/{dir}")).unwrap().flatten();
     let name = |path: PathBuf| fs::read_to_string(path.join("comm")).unwrap_or_default().trim_end().to_owned();
     let target = |path: PathBuf| fs::read_link(path).unwrap_or_default().display().to_string();
     let threads = entries("task").map(|task| name(task.path()));
     // The kernel's workers for io_uring leave when they have been idle for some seconds.
     let threads = threads.filter(|name| !name.is_empty() && !name.starts_with("iou-wrk"));
-    let mut all: Vec<String> = threads.chain(entries("fd").map(|file| target(file.path()))).collect();
-    all.sort();
-    all
+    threads.chain(entries("fd").map(|file| target(file.path()))).collect()
 }
 
 /// The same, once it does not change any more: a guest may be armed before husk has closed what only its start needed.
-fn settled_footprint(pid: u32) -> Vec<String> {
-    let mut now = footprint(pid);
+fn settled_footprint(pids: &[u32]) -> Vec<String> {
+    let mut now = footprint(pids);
     loop {
         thread::sleep(Duration::from_millis(200));
-        let before = std::mem::replace(&mut now, footprint(pid));
+        let before = std::mem::replace(&mut now, footprint(pids));
         if before == now {
             return now;
         }
@@ -131,13 +135,15 @@ pub fn survives(hostile: Boot) -> Ran {
     let started = Instant::now();
     let (machine, pipe) = hostile.start_with(Stdio::piped());
     let (machine, mut pipe) = (machine.wait_for("armed\n"), pipe.unwrap());
-    let pid = machine.monitor();
-    let (before, memory_kib) = (settled_footprint(pid), own_memory_kib(pid));
+    // The monitor, and what serves its folders.
+    let pids: Vec<u32> = std::iter::once(machine.monitor()).chain(servers_of(machine.pid())).collect();
+    let memory_of_all = || pids.iter().map(|pid| own_memory_kib(*pid)).sum::<u64>();
+    let (before, memory_kib) = (settled_footprint(&pids), memory_of_all());
     pipe.write_all(b"!").unwrap();
     let (mut machine, mut peak_kib) = (machine, memory_kib);
     while machine.runs() && !machine.has_printed("spent\n") {
         neighbour.answers();
-        peak_kib = peak_kib.max(own_memory_kib(pid));
+        peak_kib = peak_kib.max(memory_of_all());
         thread::sleep(Duration::from_millis(5));
     }
     if !machine.runs() {
@@ -146,12 +152,12 @@ pub fn survives(hostile: Boot) -> Ran {
     }
     neighbour.answers();
     let deadline = Instant::now() + SETTLING;
-    let changes = || differences(&before, &footprint(pid));
+    let changes = || differences(&before, &footprint(&pids));
     while !changes().is_empty() && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(changes(), [""; 0]);
-    let growth_kib = own_memory_kib(pid).max(peak_kib).saturating_sub(memory_kib);
+    let growth_kib = memory_of_all().max(peak_kib).saturating_sub(memory_kib);
     assert!(growth_kib <= GROWTH_MAX_KIB, "husk has grown by {growth_kib} KiB");
     pipe.write_all(b"!").unwrap();
     let ran = machine.wait();

@@ -16,6 +16,7 @@ mod uplink;
 mod arena;
 mod balloon;
 mod console;
+mod folder;
 mod frames;
 mod init;
 mod noise;

@@ -328,6 +328,16 @@ pub fn monitor_of(supervisor: u32) -> u32 {
     processes().find(is_monitor).expect("it has a monitor")
 }
 
+/// The processes that serve the folders of the machine that `supervisor` runs.
+#[allow(dead_code)] // not in every test program
+pub fn servers_of(supervisor: u32) -> Vec<u32> {
+    let is_server = |pid: &u32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        parent_of(*pid) == Some(supervisor) && name.trim_end() == "share"
+    };
+    processes().filter(is_server).collect()
+}
+
 /// Waits for the exit of a process that was killed.
 #[allow(dead_code)] // not in every test program
 #[track_caller]

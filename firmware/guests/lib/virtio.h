@@ -12,7 +12,15 @@ enum {
 };
 
 /* Device types (§5). */
-enum { VIRTIO_ANY = 0, VIRTIO_NETWORK = 1, VIRTIO_BLOCK = 2, VIRTIO_ENTROPY = 4, VIRTIO_BALLOON = 5, VIRTIO_VSOCK = 19 };
+enum {
+    VIRTIO_ANY = 0,
+    VIRTIO_NETWORK = 1,
+    VIRTIO_BLOCK = 2,
+    VIRTIO_ENTROPY = 4,
+    VIRTIO_BALLOON = 5,
+    VIRTIO_VSOCK = 19,
+    VIRTIO_FOLDER = 26,
+};
 
 /* Registers of MMIO (§4.2.2). */
 enum {

@@ -46,6 +46,8 @@ pub const PAGES: &str = concat!(env!("OUT_DIR"), "/pages.elf");
 pub const PACKETS: &str = concat!(env!("OUT_DIR"), "/packets.elf");
 /// Sends network frames that a driver must not send.
 pub const FRAMES: &str = concat!(env!("OUT_DIR"), "/frames.elf");
+/// Speaks FUSE to a shared folder by itself, against its rules.
+pub const FOLDER: &str = concat!(env!("OUT_DIR"), "/folder.elf");
 /// Breaks the rings of a network device that the host's kernel serves.
 pub const VHOST: &str = concat!(env!("OUT_DIR"), "/vhost.elf");
 /// Speaks the protocol of husk's init, against its rules.
