@@ -3,7 +3,7 @@
 //! The payload is untrusted: window and output sizes are limited.
 
 use std::fmt;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 
 use anyhow::{Result, ensure};
 use lzma_rust2::{LzmaReader, XzReader};
@@ -97,6 +97,14 @@ pub fn unpack(
 /// A decoder for `packed`, if it is compressed. The unpacked size is unknown, so the caller must limit it.
 pub fn unpacking_reader(packed: &[u8]) -> Result<Option<Box<dyn Read + '_>>> {
     Compression::identify(packed).map(|compression| reader(compression, packed)).transpose()
+}
+
+/// What `packed` is, whether it is compressed or not. The unpacked size is unknown, so the caller must limit it.
+pub fn unpacked<'a>(mut packed: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
+    match Compression::identify(packed.fill_buf()?) {
+        Some(compression) => reader(compression, packed),
+        None => Ok(Box::new(packed)),
+    }
 }
 
 fn reader<'a>(compression: Compression, packed: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {

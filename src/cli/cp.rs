@@ -16,6 +16,7 @@ use indicatif::HumanBytes;
 use super::exit::Exit;
 use super::reach::Reached;
 use super::transfer;
+use crate::decompress;
 use crate::image::tar_write::Content;
 use crate::image::{Progress, tar_copy, tar_write};
 use crate::state_dir;
@@ -28,7 +29,7 @@ Examples:
   husk cp --archive web:/home backup
   husk cp -L web:/var/run app       (the target of a symbolic link)
   husk cp web:/var/log - | tar t    (write a tar archive)
-  tar c . | husk cp - web:/srv      (extract a tar archive)
+  tar c . | husk cp - web:/srv      (extract a tar archive, which may be compressed)
 
 A stopped machine is copied from and to without starting its command, but its volumes are not there.
 Exactly one of the two paths must be in a machine. In a directory, devices, pipes, sockets and what cannot be read are
@@ -49,6 +50,10 @@ pub(super) struct Cp {
     /// Archive mode (copy all UID/GID information, and setuid and setgid bits)
     #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "true|false")]
     archive: Option<bool>,
+
+    /// The machine is not paused: for compatibility with `podman cp`
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pause: Option<bool>,
 
     /// Follow a symbolic link in the source path
     #[arg(short = 'L', long)]
@@ -137,7 +142,8 @@ impl Cp {
         let bar = Progress::on_terminal().count("copy");
         let mut out = BufWriter::new(&stream);
         let sent = match as_tar {
-            true => tar_copy::send(BufReader::new(io::stdin().lock()), &mut out, &mut |bytes| bar.set(bytes)),
+            true => decompress::unpacked(BufReader::new(io::stdin().lock()))
+                .and_then(|archive| tar_copy::send(archive, &mut out, &mut |bytes| bar.set(bytes))),
             false => {
                 tree::send(&from, self.follow_link, &mut out, &mut |bytes| bar.set(bytes)).map_err(anyhow::Error::from)
             }

@@ -282,6 +282,10 @@ fn archives_are_copied_in_and_out() {
         "mkdir /tmp/out && cd /tmp/out && tar x && find in | sort | tr '\\n' ' ' && cmp in/sub/data /tmp/in/sub/data";
     let unpacked = finish(machines.command(&["exec", "-i", "box", "sh", "-c", check]), fetched);
     assert_eq!(unpacked.expect(0).text(), "in in/link in/same in/sub in/sub/data ");
+    let compressed = machines.husk(&["exec", "box", "tar", "cz", "-C", "/tmp/in", "."]).expect(0).output.clone();
+    assert!(compressed.starts_with(&[0x1f, 0x8b]));
+    finish(machines.command(&["cp", "-", "box:/srv/compressed"]), compressed).expect(0);
+    machines.ok(&["exec", "box", "cmp", "/srv/compressed/same", "/tmp/in/same"]);
     let none = machines.husk(&["cp", "box:/nowhere", "-"]);
     assert!(none.expect(1).errors.contains("read /nowhere: No such file"), "{}", none.errors);
     let noise = finish(machines.command(&["cp", "-", "box:/srv"]), vec![7; 10_000]);
