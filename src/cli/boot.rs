@@ -295,11 +295,9 @@ fn share(argument: PathBuf) -> Result<ShareConfig, String> {
     let tag = words.next().unwrap_or_default().to_owned();
     let mut share = ShareConfig::of(std::ffi::OsString::from_vec(path.to_vec()).into(), tag);
     for option in words {
-        match option {
-            "ro" => share.readonly = true,
-            "cache=auto" => share.cache = ShareCache::Auto,
-            "cache=always" => share.cache = ShareCache::Always,
-            "cache=never" => share.cache = ShareCache::Never,
+        match option.split_once('=') {
+            None if option == "ro" => share.readonly = true,
+            Some(("cache", mode)) => share.cache = mode.parse()?,
             _ => return Err(format!("unknown option {option:?}: use ro, or cache=auto, always or never")),
         }
     }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use husk_protocol::Tmpfs;
 
+use crate::config::ShareCache;
 use crate::guest::process;
 use crate::image::volumes;
 
@@ -22,6 +23,8 @@ pub(super) struct MountFlags {
     /// a volume, which is created on first use (see `husk volume`), and an empty one gets what the image has at PATH,
     /// unless `:nocopy` is added. PATH alone is an anonymous volume. With `:U`, all in it becomes the user's who runs the
     /// command. Users of the machine are users of the host, if husk runs as root; otherwise root of the machine is you.
+    /// `:cache=always` is faster, for a folder that only this machine changes; with `:cache=never` the machine sees each change
+    /// by the host at once, and with `auto`, the default, after a second.
     #[arg(short, long, value_name = "[SOURCE:]PATH[:OPTIONS]")]
     volume: Vec<OsString>,
 
@@ -66,11 +69,13 @@ struct Access {
     copies: bool,
     /// Whether all in it becomes the user's who runs the command.
     owned: bool,
+    /// What the machine's kernel keeps of it.
+    cache: ShareCache,
 }
 
 impl Default for Access {
     fn default() -> Access {
-        Access { readonly: false, copies: true, owned: false }
+        Access { readonly: false, copies: true, owned: false, cache: ShareCache::default() }
     }
 }
 
@@ -161,7 +166,12 @@ fn parse_volume(word: &OsString) -> Result<Mount> {
             // Labels and propagation of mounts of the host, which no machine sees.
             b"rw" | b"z" | b"Z" | b"copy" | b"cached" | b"delegated" | b"consistent" | b"private" | b"rprivate"
             | b"slave" | b"rslave" | b"shared" | b"rshared" | b"bind" | b"rbind" => {}
-            other => bail!("unknown option {:?}: use ro, rw, nocopy or U", String::from_utf8_lossy(other)),
+            other => match other.strip_prefix(b"cache=") {
+                Some(mode) => access.cache = cache(mode)?,
+                None => {
+                    bail!("unknown option {:?}: use ro, rw, nocopy, U or cache=MODE", String::from_utf8_lossy(other))
+                }
+            },
         }
     }
     bind_or_volume(source, target, access, true)
@@ -177,6 +187,10 @@ fn bind_or_volume(source: &[u8], target: &[u8], access: Access, creates: bool) -
     let name = String::from_utf8_lossy(source).into_owned();
     volumes::check_name(&name)?;
     Ok(Mount { source: Source::Volume(Some(name)), target, access })
+}
+
+fn cache(mode: &[u8]) -> Result<ShareCache> {
+    String::from_utf8_lossy(mode).parse().map_err(anyhow::Error::msg)
 }
 
 fn check_target(target: &[u8]) -> Result<()> {
@@ -209,6 +223,7 @@ fn parse_mount(word: &OsString) -> Result<Mount> {
             (b"readonly" | b"ro", _) => access.readonly = is_on()?,
             (b"volume-nocopy", _) => access.copies = !is_on()?,
             (b"U" | b"chown", _) => access.owned = is_on()?,
+            (b"cache", Some(mode)) => access.cache = cache(mode)?,
             (b"tmpfs-size", Some(value)) => options.push(format!("size={}", String::from_utf8_lossy(value))),
             (b"tmpfs-mode", Some(value)) => options.push(format!("mode={}", String::from_utf8_lossy(value))),
             (b"bind-propagation" | b"consistency" | b"relabel" | b"bind-recursive", _) => {}

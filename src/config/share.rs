@@ -1,6 +1,7 @@
 //! A folder of the host that the guest can mount.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +40,19 @@ pub enum ShareCache {
     Always,
     /// Nothing.
     Never,
+}
+
+impl FromStr for ShareCache {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ShareCache, String> {
+        match text {
+            "auto" => Ok(ShareCache::Auto),
+            "always" => Ok(ShareCache::Always),
+            "never" => Ok(ShareCache::Never),
+            _ => Err(format!("unknown cache mode {text:?}: use auto, always or never")),
+        }
+    }
 }
 
 impl ShareCache {

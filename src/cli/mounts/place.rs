@@ -138,6 +138,7 @@ pub(in crate::cli) fn open(
         let mut share = Share::new(mounted.shares.len(), path, is_file, target, access.readonly);
         share.mount.copies = is_new && access.copies && !access.readonly;
         share.mount.owned = access.owned;
+        share.config.cache = access.cache;
         mounted.shares.push(share);
     }
     Ok(mounted)

@@ -23,6 +23,8 @@ fn a_volume_is_a_source_a_path_and_options() {
     let owned = Access { owned: true, copies: false, ..plain };
     assert_eq!(parse("data:/d:nocopy,U,z"), Ok(volume(Some("data"), "/d", owned)));
     assert_eq!(parse("/data"), Ok(volume(None, "/data", plain)));
+    let cached = Access { cache: ShareCache::Always, readonly: true, ..plain };
+    assert_eq!(parse("data:/d:cache=always,ro"), Ok(volume(Some("data"), "/d", cached)));
     for (wrong, why) in [
         ("a", "no path in the machine"),
         ("v", "no path in the machine"),
@@ -33,6 +35,7 @@ fn a_volume_is_a_source_a_path_and_options() {
         ("/a:/b/..", "not a mount point"),
         (":/b", "no source"),
         ("/a:/b:rx", "unknown option"),
+        ("/a:/b:cache=some", "unknown cache mode"),
         ("/a:/b:ro:x", "too many colons"),
         ("a b:/c", "volume name"),
         ("a/b:/c", "volume name"),
@@ -46,7 +49,9 @@ fn a_mount_is_a_list_of_keys() {
     let parse = |text: &str| parse_mount(&text.into()).map_err(|error| error.to_string());
     assert_eq!(parse("type=bind,source=a,target=/b,readonly"), Ok(bind("a", "/b", true, false)));
     assert_eq!(parse("type=bind,src=/a,dst=/b,ro=false"), Ok(bind("/a", "/b", false, false)));
-    let access = |copies, owned| Access { readonly: false, copies, owned };
+    let access = |copies, owned| Access { copies, owned, ..Access::default() };
+    let uncached = Access { cache: ShareCache::Never, ..Access::default() };
+    assert_eq!(parse("source=data,target=/d,cache=never"), Ok(volume(Some("data"), "/d", uncached)));
     assert_eq!(parse("source=data,destination=/d"), Ok(volume(Some("data"), "/d", access(true, false))));
     assert_eq!(
         parse("source=data,target=/d,volume-nocopy,U=true"),
