@@ -394,6 +394,13 @@ fn shells_complete_names() {
     let events = run(husk, &["events", "--since", "1h", "--until", "0s", "--format", "{{.Type}} {{.Action}}"]);
     assert!(events.starts_with("image load\nimage load\n"), "{events}");
     assert!(run(husk, &["system", "df", "-v"]).contains("data"));
+    // A machine that does not start leaves no anonymous volume behind.
+    let failed = Command::new(husk)
+        .args(["run", "-d", "-v", "/data", "--kernel", "/nowhere", "--network", "none", "web:1", "true"])
+        .envs([("HUSK_DATA", data.path()), ("XDG_RUNTIME_DIR", data.path())])
+        .output()
+        .unwrap();
+    assert_eq!((failed.status.code(), run(husk, &["volume", "ls", "-q"])), (Some(125), "data\n".into()), "{failed:?}");
     assert!(run(husk, &["system", "prune", "-f"]).starts_with("Removed 0 images"));
     let anonymous = run(husk, &["volume", "create"]);
     assert!(run(husk, &["system", "prune", "-f", "--volumes"]).starts_with(&(anonymous + "Removed 0 images")));

@@ -16,8 +16,7 @@ use super::limits::LimitFlags;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
 use crate::config::{
-    Aio, BackingConfig, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, ShareCache, ShareConfig, Transport,
-    VsockConfig,
+    Aio, BackingConfig, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, ShareConfig, Transport, VsockConfig,
 };
 use crate::console::terminal;
 use crate::exit_latch::ExitReason;
@@ -323,6 +322,7 @@ mod tests {
 
     use super::*;
     use crate::config::Rate;
+    use crate::config::ShareCache;
 
     #[derive(Parser)]
     struct Cli {

@@ -7,6 +7,7 @@ pub mod machine;
 pub mod session;
 mod settings;
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use self::settings::GuestSettings;
 use super::exit::Exit;
 use super::lifecycle::{self, Foreground, LifecycleArgs, RecordInfo};
 use super::mounts::MountFlags;
-use super::mounts::place::{self, Machine, Mounted};
+use super::mounts::place::{self, Created, Machine, Mounted};
 use super::process::ProcessFlags;
 use super::{boot, signal, size};
 use crate::config::{MachineConfig, Rate};
@@ -193,7 +194,10 @@ pub(super) struct Run {
 impl Run {
     /// Runs the command and waits until it has exited. `started` is when this process started.
     pub fn run(self, started: Instant) -> Exit {
-        match self.try_run(started) {
+        let mut created = Created::default();
+        let ended = self.try_run(started, &mut created);
+        created.settle();
+        match ended {
             Ok(exit) => exit,
             Err(error) => {
                 super::report(&error);
@@ -212,7 +216,8 @@ impl Run {
         self.mounts.take_verbosity()
     }
 
-    fn try_run(mut self, started: Instant) -> Result<Exit> {
+    /// Runs the command, and returns the anonymous volumes that were created for it.
+    fn try_run(mut self, started: Instant, created_volumes: &mut Created) -> Result<Exit> {
         let in_foreground = if self.only_creates { Foreground::Created } else { Foreground::StaysIfNamed };
         self.lifecycle.in_foreground(in_foreground);
         let timings = Arc::new(Timings::new(started));
@@ -262,8 +267,9 @@ impl Run {
             is_again: self.lifecycle.is_again(),
             volumes: &if lender.is_some() { Vec::new() } else { self.volumes_of(&root_fs) },
         };
-        let Mounted { shares, volumes, records, locks: _locks } =
+        let Mounted { shares, volumes, records, locks: _locks, created } =
             place::open(mounts, inherited, &mut self.tmpfs, &machine)?;
+        *created_volumes = created;
         if let RootFs::Image { defaults, .. } = &root_fs {
             self.machine.network.publish_all(self.settings.exposed(&defaults.exposed_ports))?;
         }
@@ -294,9 +300,16 @@ impl Run {
             return self.lifecycle.leave_created(dir, info, &config).map(|()| Exit::Success);
         }
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
-        let exit = self.lifecycle.run_with_restarts(endpoint, spec.has_session(), |endpoint, signals| {
-            self.run_machine(&spec, &kernel, &config, endpoint, signals, &timings)
-        })?;
+        let has_run = Cell::new(false);
+        let ended = self.lifecycle.run_with_restarts(endpoint, spec.has_session(), |endpoint, signals| {
+            let ended = self.run_machine(&spec, &kernel, &config, endpoint, signals, &timings);
+            has_run.set(has_run.get() || endpoint.has_run());
+            ended
+        });
+        if has_run.get() {
+            created_volumes.keep();
+        }
+        let exit = ended?;
         if self.timings {
             super::print_stderr(&timings.to_string());
         }

@@ -36,6 +36,45 @@ pub(in crate::cli) struct Mounted {
     pub records: Vec<MountRecord>,
     /// Keep the volumes of the host from being removed.
     pub locks: Vec<File>,
+    /// The anonymous volumes that were created.
+    pub created: Created,
+}
+
+/// Anonymous volumes that were created for a machine.
+#[derive(Debug, Default)]
+pub(in crate::cli) struct Created {
+    /// The ID of the machine.
+    machine: String,
+    names: Vec<String>,
+}
+
+impl Created {
+    fn add(&mut self, store: &Store, machine: &str, name: &str) {
+        if store.volume(name).is_err() {
+            machine.clone_into(&mut self.machine);
+            self.names.push(name.to_owned());
+        }
+    }
+
+    /// They stay, as the machine has run.
+    pub fn keep(&mut self) {
+        self.names.clear();
+    }
+
+    /// Removes them if the machine has not come to exist, since nobody could remove them with it. Called when its directory and its
+    /// volumes are not in use any more.
+    pub fn settle(&self) {
+        let exists = || StateDir::open().is_ok_and(|state_dir| state_dir.find(&self.machine).is_ok());
+        if self.names.is_empty() || exists() {
+            return;
+        }
+        let Ok(store) = Store::open_default() else { return };
+        for name in &self.names {
+            if let Err(error) = store.remove_volume(name) {
+                log::warn!("{error:#}");
+            }
+        }
+    }
 }
 
 /// The mounts that `--volumes-from` asks for, with each value of the flag.
@@ -121,8 +160,16 @@ pub(in crate::cli) fn open(
                 continue;
             }
             Source::Volume(name) => {
-                let name = name.unwrap_or_else(|| volumes::anonymous_name(&machine.dir.id(), &target));
-                let volume = Store::open_default()?.use_volume(&name)?;
+                let store = Store::open_default()?;
+                let name = match name {
+                    Some(name) => name,
+                    None => {
+                        let name = volumes::anonymous_name(&machine.dir.id(), &target);
+                        mounted.created.add(&store, &machine.dir.id(), &name);
+                        name
+                    }
+                };
+                let volume = store.use_volume(&name)?;
                 record(MountSource::Volume(name));
                 mounted.locks.push(volume.lock);
                 let is_empty = volumes::is_empty(&volume.path)?;
