@@ -64,6 +64,7 @@ impl Cp {
     /// Copies, and prints a summary if standard error is a terminal.
     pub fn run(self) -> Result<Exit> {
         let copied = match (split_machine(&self.from), split_machine(&self.to)) {
+            (Some(_), None) if self.to == "/dev/stdout" => bail!("use - to write a tar archive to standard output"),
             (Some((name, path)), None) if self.to == "-" => self.copy_from_as_tar(name, path)?,
             (Some((name, path)), None) => self.copy_from(name, path)?,
             (None, Some((name, path))) => self.copy_to(name, path)?,

@@ -99,6 +99,16 @@ struct HostConfig {
     network_mode: String,
     port_bindings: Ports,
     binds: Vec<String>,
+    log_config: LogConfig,
+}
+
+/// The log, which is like one of Docker's driver json-file.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct LogConfig {
+    #[serde(rename = "Type")]
+    driver: &'static str,
+    config: BTreeMap<&'static str, String>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -292,6 +302,10 @@ fn host_config(record: &Record) -> HostConfig {
         network_mode: config.networks.first().map_or_else(|| "none".to_owned(), network_name),
         port_bindings: ports(record),
         binds: config.shares.iter().map(|share| share.path.display().to_string()).collect(),
+        log_config: LogConfig {
+            driver: "json-file",
+            config: record.log_max_bytes.iter().map(|bytes| ("max-size", bytes.to_string())).collect(),
+        },
     }
 }
 
