@@ -120,7 +120,7 @@ impl Cp {
         take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
     ) -> Result<Copied> {
         let word = if self.follow_link { COPY_FROM_BEHIND_LINK } else { COPY_FROM };
-        let machine = Reached::find(name)?;
+        let machine = Reached::with_mounts(name)?;
         let process = transfer::start(machine.entry(), word, path, false)?;
         transfer::receive_from(process, take).with_context(|| format!("copy {path} from {name}"))
     }
@@ -134,7 +134,7 @@ impl Cp {
         );
         ensure!(as_tar || from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
         let word = if self.archive == Some(true) { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
-        let machine = Reached::find(name)?;
+        let machine = Reached::with_mounts(name)?;
         let mut process = transfer::start(machine.entry(), word, path, true)?;
         let stream = process.take(Role::Stdin)?;
         // Other output is discarded.

@@ -29,6 +29,15 @@ pub struct Reached {
 impl Reached {
     /// Finds the machine with this name or ID, and starts another one for its files if it is stopped.
     pub fn find(word: &str) -> Result<Reached> {
+        Reached::find_with(word, false)
+    }
+
+    /// The same with what the machine mounts from the host.
+    pub fn with_mounts(word: &str) -> Result<Reached> {
+        Reached::find_with(word, true)
+    }
+
+    fn find_with(word: &str, mounts: bool) -> Result<Reached> {
         let state_dir = StateDir::open()?;
         let entry = state_dir.find(word)?;
         let is_stopped = matches!(entry.state(), State::Created | State::Exited { .. } | State::Lost);
@@ -43,6 +52,9 @@ impl Reached {
         let mut words: Vec<OsString> = fixed.map(OsString::from).into();
         words.push(format!("--entrypoint={INIT_PROGRAM}").into());
         words.push(format!("--files-of={}", entry.id).into());
+        if mounts && !record.mounts.is_empty() {
+            words.push(format!("--volumes-from={}", entry.id).into());
+        }
         words.extend(["--kernel".into(), record.config.kernel.clone().into_os_string()]);
         words.extend(["--".into(), record.image.clone().into(), IDLE.into(), "/".into()]);
         let id = lifecycle::spawn(command, &words)?;

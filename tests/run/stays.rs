@@ -87,7 +87,9 @@ fn files_of_a_stopped_machine_are_reached_and_become_an_image() {
     let machines = Machines::new(guests!());
     let script =
         "echo changed >/srv/file; rm /etc/group; mkdir /srv/dir; mkfifo /srv/dir/pipe; rm -rf /root; mkdir /root";
-    with(&machines, false, &["--name", "job", archive(), "sh", "-c", script], b"").expect(0);
+    let shared = machines.runtime.path().join("shared");
+    let mount = format!("{}:/data", shared.display());
+    with(&machines, false, &["--name", "job", "-v", &mount, archive(), "sh", "-c", script], b"").expect(0);
     let husk = |words: &[&str]| finish(with_store(&machines, words), Vec::new());
     let diff = husk(&["diff", "job"]).expect(0).text();
     for line in ["A /srv/file", "A /srv/dir/pipe", "D /etc/group", "C /etc"] {
@@ -99,6 +101,9 @@ fn files_of_a_stopped_machine_are_reached_and_become_an_image() {
     let local = machines.runtime.path().join("file");
     fs::write(&local, "copied").unwrap();
     husk(&["cp", local.to_str().unwrap(), "job:/srv/copied"]).expect(0);
+    // What it mounts is reached as well.
+    husk(&["cp", local.to_str().unwrap(), "job:/data/"]).expect(0);
+    assert_eq!(fs::read_to_string(shared.join("file")).unwrap(), "copied");
     assert!(husk(&["cp", "job:/srv/copied", "-"]).expect(0).text().contains("copied"));
     let exported = husk(&["export", "job"]).expect(0).output.clone();
     let mut tar = Command::new("tar");
