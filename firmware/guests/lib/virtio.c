@@ -36,7 +36,8 @@ static bool find_mmio(unsigned slot, struct virtio *device)
     CHECK(read32(base + REG_VERSION) == 2);
     *device = (struct virtio){.base = base, .gsi = VIRTIO_FIRST_GSI + slot, .type = read32(base + REG_DEVICE_ID),
                               .config = base + REG_CONFIG};
-    return true;
+    /* Without one, it is a place for a device that there is not (§4.2.3.1.1). */
+    return device->type != 0;
 }
 
 static bool find_pci(unsigned slot, struct virtio *device)
