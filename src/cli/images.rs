@@ -115,7 +115,8 @@ impl Images {
             let list: Vec<_> = images.into_iter().map(image::inspect).collect();
             super::print_json(&list, "the images")?;
         } else {
-            let mut rows: Vec<Row> = images.iter().flat_map(|image| rows(image, self.list.no_trunc)).collect();
+            let mut rows: Vec<Row> =
+                images.iter().flat_map(|image| rows(image, self.list.no_trunc, self.list.is_table())).collect();
             match self.sort {
                 Some(Sort::Id) => rows.sort_by_key(|row| row.text("ID")),
                 Some(Sort::Repository) => rows.sort_by_key(|row| row.text("Repository")),
@@ -151,8 +152,8 @@ fn repository_and_tag(name: &str) -> (String, String) {
     (repository, tag)
 }
 
-/// A row for each name of an image.
-fn rows(image: &Listed, whole_ids: bool) -> Vec<Row> {
+/// A row for each name of an image. One without names is shown with what it was made from if `with_sources`.
+fn rows(image: &Listed, whole_ids: bool, with_sources: bool) -> Vec<Row> {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     let added = Duration::from_secs(image.record.added_seconds);
     let created = image.record.created.as_deref().and_then(|created| humantime::parse_rfc3339_weak(created).ok());
@@ -172,7 +173,8 @@ fn rows(image: &Listed, whole_ids: bool) -> Vec<Row> {
         Row::new(fields, &image.record.process.labels)
     };
     if image.names.is_empty() {
-        let source = image.record.source.as_ref().map_or_else(|| NONE.to_owned(), |source| format!("<{source}>"));
+        let source = image.record.source.as_ref().filter(|_| with_sources);
+        let source = source.map_or_else(|| NONE.to_owned(), |source| format!("<{source}>"));
         return vec![row(source, NONE.to_owned(), NONE.to_owned())];
     }
     let of_name = |name: &String| {

@@ -145,6 +145,11 @@ impl FormatFlag {
 }
 
 impl ListFlags {
+    /// Whether a person reads the list, rather than a script.
+    pub fn is_table(&self) -> bool {
+        matches!(self.format.format, None | Some(Format::Table))
+    }
+
     /// Whether only IDs or names are printed.
     pub fn is_quiet(&self) -> bool {
         self.quiet

@@ -202,6 +202,8 @@ fn images_are_filtered_and_formatted_as_by_docker() {
     assert_eq!(printed(&["volume", "create", "data", "other"]), "data\nother\n");
     assert_eq!(printed(&["volume", "ls", "-q", "--filter", "name=da"]), "data\n");
     assert_eq!(printed(&["inspect", "-f", "{{.Driver}} {{.Husk.InUse}}", "other"]), "local false\n");
+    printed(&["import", "d.tar"]);
+    assert_eq!(names(&["-f", "dangling=true"]), "<none>:<none>");
 }
 
 #[test]
