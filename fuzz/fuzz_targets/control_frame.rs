@@ -11,7 +11,7 @@ use std::path::Path;
 use husk::monitor::message::{self, Event, Reply};
 use husk::sys::violation::Report;
 use husk_protocol::frame::{self, Message, Reader};
-use husk_protocol::{HELLO_BYTES, Hello, Identity, Process, Renewal, Role, Run, Spec, ToGuest, ToHost};
+use husk_protocol::{HELLO_BYTES, Hello, Identity, Overlay, Process, Renewal, Role, Run, Spec, ToGuest, ToHost};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
@@ -64,7 +64,7 @@ fn write_seeds() {
     let identity = Identity { hostname: "box".into(), ..Identity::default() };
     let run = Box::new(Run { identity: identity.clone(), process: process.clone(), ..Run::default() });
     let renew = ToGuest::Renew { renewal: renewal.clone(), identity: Box::new(identity), cut: true };
-    let begin = ToGuest::Begin(renewal, run);
+    let begin = ToGuest::Begin(renewal, Overlay::Disk("/dev/vdb".into()), run);
     for message in [ToGuest::Start(process), ToGuest::Signal(15), renew, begin, ToGuest::Finish] {
         frame::write(&message, &mut guest).expect("it fits");
     }
