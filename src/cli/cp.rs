@@ -31,7 +31,8 @@ Examples:
   husk cp web:/var/log - | tar t    (write a tar archive)
   tar c . | husk cp - web:/srv      (extract a tar archive, which may be compressed)
 
-A stopped machine is copied from and to without starting its command, but its volumes are not there.
+A stopped machine is copied from and to without starting its command, and what it mounts from the host is
+reached as well.
 Exactly one of the two paths must be in a machine. In a directory, devices, pipes, sockets and what cannot be read are
 skipped with a warning. Files copied from a machine are named after the requested path, and modes and owners of existing
 directories are not changed.";
