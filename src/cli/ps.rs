@@ -118,7 +118,9 @@ impl Ps {
         } else {
             let max_chars = if self.list.no_trunc { usize::MAX } else { COMMAND_CHARS };
             let shown = if self.size { &WITH_SIZE } else { COLUMNS.shown };
-            let rows = entries.iter().map(|entry| row(entry, max_chars)).collect();
+            // Each disk is looked at, which is not worth it unless it is shown.
+            let with_size = self.size || !self.list.is_table();
+            let rows = entries.iter().map(|entry| row(entry, max_chars, with_size)).collect();
             self.list.print(&Columns { shown, ..COLUMNS }, rows)?;
         }
         Ok(Exit::Success)
@@ -176,7 +178,7 @@ impl<'a> Chosen<'a> {
     }
 }
 
-fn row(entry: &MachineEntry, command_chars: usize) -> Row {
+fn row(entry: &MachineEntry, command_chars: usize, with_size: bool) -> Row {
     let of = |what: &dyn Fn(&Record) -> String| entry.record.as_ref().map_or_else(String::new, what);
     Row::new(
         [
@@ -193,7 +195,7 @@ fn row(entry: &MachineEntry, command_chars: usize) -> Row {
             ("Networks", of(&|record| networks(record).join(","))),
             ("Mounts", of(&|record| mounts(record).join(","))),
             ("Pid", of(&|record| record.pid.to_string())),
-            ("Size", of(&disk_usage)),
+            ("Size", if with_size { of(&disk_usage) } else { String::new() }),
             ("Names", entry.name().to_owned()),
         ],
         entry.record.as_ref().map_or(&BTreeMap::new(), |record| &record.labels),
