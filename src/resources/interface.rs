@@ -53,20 +53,42 @@ pub struct Interface {
 /// The Ethernet interfaces of the calling thread's network namespace that are up, by their indices.
 pub fn list() -> Result<Vec<Interface>> {
     let netlink = Netlink::open().context("open a netlink socket")?;
-    let links = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default())).context("list interfaces")?;
+    let links = links(&netlink)?;
     let addresses =
         netlink.list(RouteNetlinkMessage::GetAddress(AddressMessage::default())).context("list addresses")?;
     let routes = netlink.list(RouteNetlinkMessage::GetRoute(RouteMessage::default())).context("list routes")?;
-    let interface = |link: RouteNetlinkMessage| {
-        let RouteNetlinkMessage::NewLink(link) = link else { return None };
-        let (name, mac) = ethernet(&link)?;
+    let interface = |link: &LinkMessage| {
+        let (name, mac) = ethernet(link)?;
         let index = link.header.index;
         let addresses = addresses.iter().filter_map(|message| address_of(message, index)).collect();
         let mut routes: Vec<Route> = routes.iter().filter_map(|message| route_of(message, index)).collect();
         routes.sort_by_key(|route| route.gateway.is_some());
         Some(Interface { name, mac, addresses, routes })
     };
-    Ok(links.into_iter().filter_map(interface).collect())
+    Ok(links.iter().filter_map(interface).collect())
+}
+
+fn links(netlink: &Netlink) -> Result<Vec<LinkMessage>> {
+    let listed = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default())).context("list interfaces")?;
+    let link = |message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    };
+    Ok(listed.into_iter().filter_map(link).collect())
+}
+
+fn name_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    })
+}
+
+fn mtu_of(link: &LinkMessage) -> Option<u32> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    })
 }
 
 /// The interface `name` of the calling thread's network namespace, which must be up. Fails if a machine cannot take it over.
@@ -80,15 +102,11 @@ pub fn find(name: &str) -> Result<Interface> {
 /// The name and MAC address of an Ethernet interface that is up.
 fn ethernet(link: &LinkMessage) -> Option<(String, MacAddress)> {
     let is_used = link.header.link_layer_type == LinkLayerType::Ether && link.header.flags.contains(LinkFlags::Up);
-    let name = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
-        _ => None,
-    });
     let mac = link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok(),
         _ => None,
     });
-    name.zip(mac.map(MacAddress)).filter(|_| is_used)
+    name_of(link).map(str::to_owned).zip(mac.map(MacAddress)).filter(|_| is_used)
 }
 
 fn address_of(message: &RouteNetlinkMessage, index: u32) -> Option<InterfaceAddress> {
@@ -158,8 +176,13 @@ impl Drop for TakenOver {
 /// machine has the interface; what one that was killed has left there is replaced.
 pub fn take_over(interface: &str, tap: &str) -> Result<TakenOver> {
     let netlink = Netlink::open().context("open a netlink socket")?;
-    let (from, mtu) = index_and_mtu(&netlink, interface)?;
-    let (to, _) = index_and_mtu(&netlink, tap)?;
+    let links = links(&netlink)?;
+    let find = |name: &str| {
+        let found = links.iter().find(|link| name_of(link) == Some(name));
+        found.with_context(|| format!("there is no interface {name}"))
+    };
+    let (taken, to) = (find(interface)?, find(tap)?.header.index);
+    let (from, mtu) = (taken.header.index, mtu_of(taken).with_context(|| format!("{interface} has no MTU"))?);
     // It has no address of its own to announce to the guest. Without IPv6 there is nothing to disable.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6"), "1");
     let mut up = LinkMessage::default();
@@ -169,7 +192,7 @@ pub fn take_over(interface: &str, tap: &str) -> Result<TakenOver> {
     let context =
         |name| format!("redirect the frames of {name} (needs the kernel modules sch_ingress, cls_u32 and act_mirred)");
     redirect(&netlink, to, from).with_context(|| context(tap))?;
-    ensure!(!is_taken(&netlink, from)?, "network interface {interface}: another machine has taken it over");
+    ensure!(!is_taken(&netlink, from, &links), "network interface {interface}: another machine has taken it over");
     // There may be nothing to give back.
     let _ = give_back(&netlink, from);
     let taken = TakenOver { netlink, index: from };
@@ -177,18 +200,14 @@ pub fn take_over(interface: &str, tap: &str) -> Result<TakenOver> {
     Ok(taken)
 }
 
-/// Whether an interface with this index has a filter of husk's that leads to an interface that exists.
-fn is_taken(netlink: &Netlink, index: u32) -> Result<bool> {
+/// Whether the interface with this index has a filter of husk's that leads to one of `links`.
+fn is_taken(netlink: &Netlink, index: u32, links: &[LinkMessage]) -> bool {
     let mut all = TcMessage::with_index(index.cast_signed());
     all.header.parent = INGRESS;
     // Without an ingress discipline there are none.
     let filters = netlink.list(RouteNetlinkMessage::GetTrafficFilter(all)).unwrap_or_default();
-    let links = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default())).context("list interfaces")?;
-    let exists = |target: u32| {
-        let is_it = |link: &RouteNetlinkMessage| matches!(link, RouteNetlinkMessage::NewLink(link) if link.header.index == target);
-        links.iter().any(is_it)
-    };
-    Ok(filters.iter().filter_map(target_of).any(exists))
+    let exists = |target: u32| links.iter().any(|link| link.header.index == target);
+    filters.iter().filter_map(target_of).any(exists)
 }
 
 /// The index of the interface that a filter of husk's leads to.
@@ -224,22 +243,6 @@ fn give_back(netlink: &Netlink, index: u32) -> io::Result<()> {
         netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc), 0)?;
     }
     Ok(())
-}
-
-fn index_and_mtu(netlink: &Netlink, name: &str) -> Result<(u32, u32)> {
-    let links = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default())).context("list interfaces")?;
-    let found = links.iter().find_map(|link| match link {
-        RouteNetlinkMessage::NewLink(link) => {
-            link.attributes.contains(&LinkAttribute::IfName(name.to_owned())).then_some(link)
-        }
-        _ => None,
-    });
-    let link = found.with_context(|| format!("there is no interface {name}"))?;
-    let mtu = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Mtu(mtu) => Some(*mtu),
-        _ => None,
-    });
-    Ok((link.header.index, mtu.with_context(|| format!("{name} has no MTU"))?))
 }
 
 /// Makes the interface `to` send every frame that the interface `from` receives (tc-mirred(8)). Both are indices.
