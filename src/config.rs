@@ -9,6 +9,7 @@ mod publish;
 mod rate;
 mod share;
 mod transport;
+mod vsock;
 
 use std::path::PathBuf;
 
@@ -31,6 +32,7 @@ pub use publish::Publish;
 pub use rate::Rate;
 pub use share::{MAX_TAG_BYTES, SHARED_FILE, ShareCache, ShareConfig};
 pub use transport::Transport;
+pub use vsock::VsockConfig;
 
 /// The least memory in which a Linux kernel can unpack itself.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -155,27 +157,8 @@ impl Default for MachineConfig {
     }
 }
 
-/// The vsock device, which connects the guest (AF_VSOCK) with the host (AF_UNIX).
-///
-/// A host program connects to `socket`, writes `CONNECT <port>` and a newline, and is connected to that port of the
-/// guest after reading `OK <port>` and a newline. The guest's connections to port P of the host (CID 2) arrive at the
-/// socket whose path is `socket` with `_P` appended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockConfig {
-    /// The path on which husk listens as long as the machine exists.
-    pub socket: PathBuf,
-    /// The guest's CID. It has no meaning outside of the machine, so several machines may use the same one.
-    #[serde(default = "default_cid")]
-    pub cid: u32,
-}
-
 fn is_zero(number: &usize) -> bool {
     *number == 0
-}
-
-fn default_cid() -> u32 {
-    DEFAULT_CID
 }
 
 /// An invalid configuration. The message says what is wrong and how to correct it.
