@@ -320,7 +320,7 @@ impl LifecycleArgs {
         &self,
         mut endpoint: ControlEndpoint,
         has_session: bool,
-        run: impl Fn(&mut ControlEndpoint, &SignalFd) -> Result<Exit>,
+        mut run: impl FnMut(&mut ControlEndpoint, &SignalFd) -> Result<Exit>,
     ) -> Result<Exit> {
         let signals = supervisor::block_signals(has_session)?;
         let mut wait = INITIAL_BACKOFF;

@@ -2,12 +2,12 @@
 
 mod docker;
 mod health;
+mod launch;
 mod layer;
 pub mod machine;
 pub mod session;
 mod settings;
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,26 +22,19 @@ use self::docker::DockerFlags;
 pub(super) use self::docker::refusal;
 use self::health::HealthFlags;
 use self::machine::MachineFlags;
-use self::session::Start;
 use self::settings::GuestSettings;
 use super::exit::Exit;
 use super::lifecycle::{self, Foreground, LifecycleArgs, RecordInfo};
 use super::mounts::MountFlags;
 use super::mounts::place::{self, Created, Machine, Mounted};
 use super::process::ProcessFlags;
-use super::{boot, signal, size};
-use crate::config::{MachineConfig, Rate};
+use super::{signal, size};
+use crate::config::Rate;
 use crate::guest::process;
 use crate::guest::{GuestSpec, RootFs};
-use crate::monitor::release;
-use crate::resources::guest_kernel::GuestKernel;
-use crate::resources::{self, Source};
-use crate::snapshot::{Snapshot, warm};
 use crate::state_dir::record::Inherited;
 use crate::state_dir::{self, MachineDir, MachineEntry, StateDir};
-use crate::supervisor::{self, ControlEndpoint, Stdio};
-use crate::sys::SignalFd;
-use crate::timings::{Step, Timings};
+use crate::timings::Timings;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -216,7 +209,7 @@ impl Run {
         self.mounts.take_verbosity()
     }
 
-    /// Runs the command, and returns the anonymous volumes that were created for it.
+    /// Runs the command. `created_volumes` become the anonymous volumes that were created for it, until it has run.
     fn try_run(mut self, started: Instant, created_volumes: &mut Created) -> Result<Exit> {
         let in_foreground = if self.only_creates { Foreground::Created } else { Foreground::StaysIfNamed };
         self.lifecycle.in_foreground(in_foreground);
@@ -300,13 +293,13 @@ impl Run {
             return self.lifecycle.leave_created(dir, info, &config).map(|()| Exit::Success);
         }
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
-        let has_run = Cell::new(false);
+        let mut has_run = false;
         let ended = self.lifecycle.run_with_restarts(endpoint, spec.has_session(), |endpoint, signals| {
             let ended = self.run_machine(&spec, &kernel, &config, endpoint, signals, &timings);
-            has_run.set(has_run.get() || endpoint.has_run());
+            has_run |= endpoint.has_run();
             ended
         });
-        if has_run.get() {
+        if has_run {
             created_volumes.keep();
         }
         let exit = ended?;
@@ -345,72 +338,4 @@ impl Run {
         let ProcessFlags { tty, interactive, .. } = self.process;
         GuestSpec::with_process(root_fs, overrides, tty, interactive, hostname, std::mem::take(&mut self.tmpfs))
     }
-
-    /// Runs the machine once.
-    fn run_machine(
-        &self,
-        spec: &GuestSpec,
-        kernel: &GuestKernel,
-        config: &MachineConfig,
-        endpoint: &mut ControlEndpoint,
-        signals: &SignalFd,
-        timings: &Arc<Timings>,
-    ) -> Result<Exit> {
-        let warm = match &self.from {
-            Some(dir) => Some(warm::open(dir, config)?),
-            None if self.no_warm => None,
-            None => warm_image(spec, config),
-        };
-        let may_boot = warm.is_some() && self.from.is_none();
-        match self.start(spec, kernel, config, warm, endpoint, signals, timings) {
-            Err(error) if may_boot && !endpoint.has_run() => {
-                log::warn!("the warm image cannot be used, renew it with `husk warm`: {error:#}");
-                // Its files are locked until then.
-                release::await_exit();
-                self.start(spec, kernel, config, None, endpoint, signals, timings)
-            }
-            ended => ended,
-        }
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "they are what a run consists of")]
-    fn start(
-        &self,
-        spec: &GuestSpec,
-        kernel: &GuestKernel,
-        config: &MachineConfig,
-        warm: Option<Snapshot>,
-        endpoint: &mut ControlEndpoint,
-        signals: &SignalFd,
-        timings: &Arc<Timings>,
-    ) -> Result<Exit> {
-        let (source, start) = match warm {
-            Some(Snapshot { description, files, .. }) => {
-                let (overlay, run) = spec.begin(&description.config.networks)?;
-                (Source::Snapshot(files), Start::Begin(overlay, run))
-            }
-            None => {
-                let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
-                let (stdin, terminal) = (spec.wants_stdin(), spec.on_terminal());
-                (machine::boot_source(kernel, initramfs)?, Start::Boot { stdin, terminal })
-            }
-        };
-        resources::host::warn_of_pvm();
-        timings.mark(Step::Prepared);
-        let opened = resources::open_for(config, source)?;
-        if spec.has_session() {
-            return session::run(config, opened, start, endpoint, signals, timings);
-        }
-        let reason = supervisor::run(config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
-        Ok(boot::report(&reason))
-    }
-}
-
-/// The warm image that a machine of this configuration can start from.
-fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Option<Snapshot> {
-    let found = spec.has_session().then(|| warm::find(config)).flatten();
-    if found.is_some() {
-        log::info!("the machine starts from a warm image: --no-warm boots it instead");
-    }
-    found
 }
