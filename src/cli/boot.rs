@@ -321,8 +321,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::config::Rate;
-    use crate::config::ShareCache;
+    use crate::config::{Rate, ShareCache};
 
     #[derive(Parser)]
     struct Cli {

@@ -1,5 +1,6 @@
 //! `husk events`: prints what happens to machines, images and networks.
 
+use std::fmt::Display;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
@@ -23,10 +24,10 @@ Examples:
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Notes that `action` has happened to the image, network or volume with this ID.
-pub fn note(kind: &str, action: &str, id: &str, name: &str) {
+pub fn note(kind: &str, action: &str, id: impl Display, name: impl Display) {
     // It has happened, noted or not.
     if let Ok(state_dir) = StateDir::open() {
-        state_dir.note(&[Event::new(kind, action, id).with("name", name)]);
+        state_dir.note(&[Event::new(kind, action, &id.to_string()).with("name", name.to_string())]);
     }
 }
 

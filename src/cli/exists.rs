@@ -6,7 +6,7 @@ use clap::Args;
 use super::exit::Exit;
 use crate::image::{Source, Store};
 use crate::resources::bridge;
-use crate::state_dir::{NoSuchMachine, StateDir};
+use crate::state_dir::StateDir;
 
 #[derive(Debug, Args)]
 pub(super) struct Exists {
@@ -17,11 +17,7 @@ pub(super) struct Exists {
 impl Exists {
     /// Whether there is a machine by this name.
     pub fn machine(&self) -> Result<Exit> {
-        match StateDir::open()?.find(&self.name) {
-            Ok(_) => Ok(Exit::Success),
-            Err(error) if error.is::<NoSuchMachine>() => Ok(Exit::Failure),
-            Err(error) => Err(error),
-        }
+        StateDir::open()?.has(&self.name).map(exit)
     }
 
     /// Whether there is an image by this name.

@@ -61,12 +61,8 @@ impl ImportRoot {
         let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
         let making = Making { name: self.name.as_ref(), changes: &self.changes, comment: &self.message, from: file };
         let id = store.import_root(archive, &making, progress).with_context(|| format!("import {file}"))?;
-        events::note(
-            "image",
-            "import",
-            &id.to_string(),
-            &self.name.as_ref().map_or_else(String::new, ToString::to_string),
-        );
+        let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
+        events::note("image", "import", id, name);
         super::print(&format!("{id}\n"))?;
         Ok(Exit::Success)
     }

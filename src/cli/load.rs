@@ -67,7 +67,7 @@ impl Load {
             }
         };
         for (prepared, names) in loaded {
-            events::note("image", "load", &prepared.id.to_string(), names.first().map_or("", String::as_str));
+            events::note("image", "load", prepared.id, names.first().map_or("", String::as_str));
             // Any archive that is not an image is taken as a root file system.
             let taken = if prepared.is_bare_root { ", taken as a root filesystem" } else { "" };
             let lines: String = match names.is_empty() {

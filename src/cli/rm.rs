@@ -57,9 +57,10 @@ impl Rm {
             if entry.alive && self.force {
                 let end = machines::watch_exit(entry);
                 // It may have just ended by itself.
-                let kill = Request::Kill { signal: libc::SIGKILL as u8 };
-                let patience = self.time.filter(|time| !time.is_zero());
-                let end_it = patience.map_or(kill, |_| machines::stop_request(entry, patience));
+                let end_it = match self.time {
+                    Some(time) if !time.is_zero() => machines::stop_request(entry, self.time),
+                    _ => Request::Kill { signal: libc::SIGKILL as u8 },
+                };
                 let _ = machines::request(entry, &end_it);
                 machines::exit_code(entry, end)?;
                 if let Some(ended) = entry.await_end()? {

@@ -41,7 +41,7 @@ impl Rmi {
             match store.remove(source, self.force) {
                 Ok(Removed { untagged, deleted }) => {
                     untagged.iter().for_each(|name| events::note("image", "untag", name, name));
-                    deleted.iter().for_each(|id| events::note("image", "delete", &id.to_string(), &id.to_string()));
+                    deleted.iter().for_each(|id| events::note("image", "delete", id, id));
                     let untagged = untagged.iter().map(|name| format!("Untagged: {name}\n"));
                     let deleted = deleted.iter().map(|id| format!("Deleted: {id}\n"));
                     super::print(&untagged.chain(deleted).collect::<String>())?;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::state_dir::{MachineEntry, NoSuchMachine, StateDir};
+use crate::state_dir::{MachineEntry, StateDir};
 
 // The arguments of commands for several machines.
 #[derive(Debug, Args)]
@@ -44,7 +44,8 @@ impl Selection {
             }
         }
         if self.ignore {
-            words.retain(|word| !state_dir.find(word).is_err_and(|error| error.is::<NoSuchMachine>()));
+            // What cannot be found for another reason is reported where it is used.
+            words.retain(|word| state_dir.has(word).unwrap_or(true));
         }
         Ok(words)
     }

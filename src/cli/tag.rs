@@ -33,7 +33,7 @@ impl Tag {
         let image = store.find(&self.source)?;
         let name = self.target.to_string();
         store.tag(image.id, &[self.target])?;
-        events::note("image", "tag", &image.id.to_string(), &name);
+        events::note("image", "tag", image.id, name);
         Ok(Exit::Success)
     }
 }

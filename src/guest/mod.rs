@@ -229,7 +229,8 @@ impl GuestSpec {
     }
 
     /// The same for a machine that waits before its process starts, to be saved there. It contains nothing of the run:
-    /// the root file system, the kernel, and whether there is a network must be those of the runs that begin in it. `programs` are those that these runs will probably need.
+    /// the root file system, the kernel, and whether there is a network must be those of the runs that begin in it. `programs` are
+    /// those that these runs will probably need.
     pub fn waiting_initramfs(&self, programs: &[String], kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
         let process = self.process().context("only a machine that runs a command can wait for it")?;
         let programs = programs.iter().map(|name| name.clone().into_bytes()).collect();
@@ -292,8 +293,11 @@ impl GuestSpec {
     fn spec(&self, start: Start, modules: &[Module]) -> Spec {
         let device = ROOT_DEVICE.to_owned();
         let root = match &self.root_fs {
-            RootFs::Image { .. } if matches!(start, Start::Wait(_)) => Root::Image { device, overlay: Overlay::Memory },
-            RootFs::Image { .. } => Root::Image { device, overlay: self.overlay() },
+            RootFs::Image { .. } => {
+                // The run brings its own.
+                let waits = matches!(start, Start::Wait(_));
+                Root::Image { device, overlay: if waits { Overlay::Memory } else { self.overlay() } }
+            }
             RootFs::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
         };
         Spec { modules: modules.iter().map(initramfs::module_path).collect(), root, start }

@@ -40,15 +40,11 @@ const GUEST: [&str; 2] = ["amd64", "SCMP_ARCH_X86_64"];
 pub struct Profile {
     default_action: Action,
     default_errno_ret: Option<u16>,
-    #[serde(default)]
     architectures: Option<Vec<String>>,
-    #[serde(default)]
     arch_map: Option<Vec<Family>>,
-    #[serde(default)]
     flags: Option<Vec<String>>,
     #[serde(default)]
     listener_path: String,
-    #[serde(default)]
     syscalls: Option<Vec<Rule>>,
 }
 
@@ -57,7 +53,6 @@ pub struct Profile {
 #[serde(rename_all = "camelCase")]
 struct Family {
     architecture: String,
-    #[serde(default)]
     sub_architectures: Option<Vec<String>>,
 }
 
@@ -65,20 +60,15 @@ struct Family {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Rule {
-    #[serde(default)]
     names: Option<Vec<String>>,
     /// The only name, in older files.
-    #[serde(default)]
     name: Option<String>,
     action: Action,
     errno_ret: Option<u16>,
-    #[serde(default)]
     args: Option<Vec<Condition>>,
     /// When the rule is one of the profile.
-    #[serde(default)]
     includes: Option<When>,
     /// When it is not.
-    #[serde(default)]
     excludes: Option<When>,
 }
 
@@ -86,11 +76,8 @@ struct Rule {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct When {
-    #[serde(default)]
     caps: Option<Vec<String>>,
-    #[serde(default)]
     arches: Option<Vec<String>>,
-    #[serde(default)]
     min_kernel: Option<String>,
 }
 

@@ -141,6 +141,15 @@ impl StateDir {
         }
     }
 
+    /// Whether there is a machine with this name or ID. Fails like [`StateDir::find`] for any other reason.
+    pub fn has(&self, word: &str) -> Result<bool> {
+        match self.find(word) {
+            Ok(_) => Ok(true),
+            Err(error) if error.is::<NoSuchMachine>() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn entry(&self, id: &str) -> Option<MachineEntry> {
         let path = self.base.join(id);
         let dir = machine_dir::open(&path).ok()?;
