@@ -1,7 +1,7 @@
 //! Receives an arbitrary stream from a guest, as for `husk cp`: nothing outside of the requested name is created,
 //! changed or followed, including existing files.
 //!
-//! Covers: ../firmware/protocol/src/tree image/tar_write.rs
+//! Covers: ../firmware/protocol/src/tree image/tar_stream.rs image/tar_write.rs
 #![no_main]
 
 use std::fs;
@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use husk::image::tar_write;
+use husk::image::tar_stream;
 use husk_protocol::tree::{self, Terms};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
@@ -42,7 +42,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
         assert_eq!([&to, &to.join("there")].map(|dir| fs::metadata(dir).unwrap().mode() & 0o7777), [DIR_MODE; 2]);
         remove(&to);
         let mut archive = Vec::new();
-        if tar_write::receive(bytes, name.as_bytes(), tar_write::Content::Files, &mut archive).is_ok() && !bytes.is_empty() && archive.len() > 1024 {
+        if tar_stream::receive(bytes, name.as_bytes(), tar_stream::Content::Files, &mut archive).is_ok() && !bytes.is_empty() && archive.len() > 1024 {
             let first = archive.iter().position(|byte| matches!(byte, 0 | b'/')).expect("a name ends");
             assert!(archive.starts_with(b"pax\0") || &archive[..first] == name.as_bytes(), "another name in the archive");
         }

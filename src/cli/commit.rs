@@ -12,7 +12,7 @@ use crate::image::Progress;
 use crate::image::commit::Top;
 use crate::image::make::Making;
 use crate::image::reference::Reference;
-use crate::image::tar_write::Content;
+use crate::image::tar_stream::Content;
 use crate::sys::allocator;
 
 const EXAMPLES: &str = "\
@@ -21,8 +21,8 @@ Examples:
   husk commit -m 'with curl' -c 'CMD [\"nginx\"]' web web:2
 
 The image has the configuration of the machine's image, and one layer more with the changes; or, if the store has not all
-layers of that image, a single one with all files. What is mounted in the machine, such as volumes, is left out, and so
-are extended attributes. The machine may be running, and is not paused: programs may be writing meanwhile.";
+layers of that image, a single one with all files. What is mounted in the machine, such as volumes, is left out. The
+machine may be running, and is not paused: programs may be writing meanwhile.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]

@@ -17,8 +17,8 @@ use super::exit::Exit;
 use super::reach::Reached;
 use super::transfer;
 use crate::decompress;
-use crate::image::tar_write::Content;
-use crate::image::{Progress, tar_copy, tar_write};
+use crate::image::tar_stream::{self, Content};
+use crate::image::{Progress, tar_copy};
 use crate::state_dir;
 
 const EXAMPLES: &str = "\
@@ -100,7 +100,7 @@ impl Cp {
         let mut out = BufWriter::new(io::stdout().lock());
         let (called, _) = base_name(path);
         let copied =
-            self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), Content::Files, &mut out));
+            self.receive(name, path, |stream| tar_stream::receive(stream, called.as_bytes(), Content::Files, &mut out));
         // The reader has closed the pipe because it needs no more.
         let is_enough = |error: &anyhow::Error| {
             error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)

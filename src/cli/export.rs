@@ -11,7 +11,7 @@ use husk_protocol::COPY_ROOT;
 use super::exit::Exit;
 use super::reach::Reached;
 use super::transfer;
-use crate::image::tar_write::{self, Content};
+use crate::image::tar_stream::{self, Content};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -55,7 +55,7 @@ impl Export {
 pub(super) fn archive(machine: &Reached, word: &str, content: Content, out: &mut impl Write) -> Result<()> {
     let process = transfer::start(machine.entry(), word, "/", false)?;
     let mut out = BufWriter::new(out);
-    let copied = transfer::receive_from(process, |stream| tar_write::receive(stream, b".", content, &mut out));
+    let copied = transfer::receive_from(process, |stream| tar_stream::receive(stream, b".", content, &mut out));
     let copied = copied.with_context(|| format!("read the files of {}", machine.asked_for().name()))?;
     copied.skipped.iter().for_each(|what| log::warn!("skipped {what}"));
     out.flush().context("write the archive")

@@ -47,6 +47,7 @@ pub mod source;
 pub mod store;
 mod tar;
 pub mod tar_copy;
+pub mod tar_stream;
 pub mod tar_write;
 mod tree;
 mod unpack;

@@ -32,7 +32,7 @@ impl<R: Read> Entries<R> {
             (None, Some(_)) if entry == Entry::Leave => {
                 self.open.pop();
             }
-            (None, Some(_)) if matches!(entry, Entry::Opaque | Entry::InImage) => {}
+            (None, Some(_)) if entry.is_mark() => {}
             (Some(_), None) if !self.has_begun && !matches!(entry, Entry::Same(..)) => self.has_begun = true,
             (Some(name), Some(last)) => {
                 check_name(name)?;

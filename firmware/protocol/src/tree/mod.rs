@@ -6,6 +6,7 @@
 
 mod directory;
 mod entries;
+mod links;
 mod receive;
 mod send;
 #[cfg(test)]
@@ -30,6 +31,9 @@ const PIECE_BYTES: usize = 256 << 10;
 const DEPTH_MAX: usize = 512;
 /// The reason for omitting devices, pipes and sockets.
 pub const NOT_COPIED: &str = "not a file, directory or symbolic link";
+/// The maximum size of an extended attribute's value, and of a path to a file that was sent, so that they fit into a message.
+const ATTRIBUTE_MAX_BYTES: usize = 15 << 10;
+const PATH_MAX_BYTES: usize = 8 << 10;
 /// The maximum length of a file name (NAME_MAX in Linux).
 const NAME_MAX_BYTES: usize = 255;
 
@@ -47,7 +51,7 @@ pub enum Entry {
     Link(Vec<u8>, Vec<u8>, About),
     /// A directory that is created if missing and otherwise left unchanged, followed by its contents up to a `Leave`.
     Enter(Vec<u8>),
-    /// A hard link to a file in the stream, by its path below the first directory. Only from the host to a machine.
+    /// A hard link to a file in the stream, by its path below the first directory. From a machine, only if that one was [`Entry::Linked`].
     Same(Vec<u8>, Vec<Vec<u8>>),
     /// A device or a pipe. Only of a [whole](send_root) file system, or of its [changes](send_changes).
     Special(Vec<u8>, Special, About),
@@ -57,6 +61,10 @@ pub enum Entry {
     Opaque,
     /// Of the changes: the next entry is in the image as well.
     InImage,
+    /// Of a whole file system or its changes: the next entry is a file that has more names.
+    Linked,
+    /// Likewise: an extended attribute of the next entry, its name and value.
+    Attribute(Vec<u8>, Vec<u8>),
     /// The end of a directory.
     Leave,
     /// The sender failed, for this reason.
@@ -77,6 +85,11 @@ impl Entry {
             Entry::Enter(name) | Entry::Same(name, _) | Entry::Special(name, ..) | Entry::Gone(name) => Some(name),
             _ => None,
         }
+    }
+
+    /// Whether it says something about the next entry, or about the directory that it is in.
+    fn is_mark(&self) -> bool {
+        matches!(self, Entry::Opaque | Entry::InImage | Entry::Linked | Entry::Attribute(..))
     }
 
     /// Whether contents follow.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags, lgetxattr, major, minor, statx};
 
+use super::links::{self, Links, Name};
 use super::{About, Copied, DEPTH_MAX, Entry, NOT_COPIED, PIECE_BYTES, Special, Writer, about, failure, words};
 
 /// The maximum size of a file that does not report its size.
@@ -17,7 +18,7 @@ const UNTOLD_MAX_BYTES: u64 = 64 << 20;
 /// Sends the file or directory at `path`; with `follow`, a link at `path` is followed. A path that ends in `/.` means
 /// the contents of the directory. Errors are also reported to the receiver.
 pub fn send(path: &Path, follow: bool, out: &mut impl Write, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
-    let sender = Sender { out: Writer::new(out), copied: Copied::default(), progress, what: What::Files };
+    let sender = Sender::new(out, progress, What::Files);
     let name = top_name(path);
     let follow = follow || name.as_ref().is_ok_and(|name| name == ".");
     sender.send(path, name, follow)
@@ -26,16 +27,14 @@ pub fn send(path: &Path, follow: bool, out: &mut impl Write, progress: &mut impl
 /// Sends the contents of the root directory `path` with devices and pipes, without what is mounted in it.
 pub fn send_root(path: &Path, out: &mut impl Write) -> io::Result<Copied> {
     let what = What::Root { mount: mount_of(path)? };
-    let sender = Sender { out: Writer::new(out), copied: Copied::default(), progress: &mut |_| {}, what };
-    sender.send(&path.join("."), Ok(".".into()), true)
+    Sender::new(out, &mut |_| {}, what).send(&path.join("."), Ok(".".into()), true)
 }
 
 /// Sends the contents of `upper`, the upper directory of an overlay over `image`, with what it says of files that are gone. Without
 /// `contents`, files are empty.
 pub fn send_changes(upper: &Path, image: &Path, contents: bool, out: &mut impl Write) -> io::Result<Copied> {
     let what = What::Changes { image: image.to_owned(), contents };
-    let sender = Sender { out: Writer::new(out), copied: Copied::default(), progress: &mut |_| {}, what };
-    sender.send(&upper.join("."), Ok(".".into()), true)
+    Sender::new(out, &mut |_| {}, what).send(&upper.join("."), Ok(".".into()), true)
 }
 
 impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
@@ -69,6 +68,7 @@ struct Sender<'a, W, P> {
     copied: Copied,
     progress: &'a mut P,
     what: What,
+    links: Links,
 }
 
 /// What is sent.
@@ -84,7 +84,11 @@ enum What {
 /// What husk's init has made in a root file system, as far as it is not mounted there.
 const MADE_BY_INIT: [&str; 6] = ["dev", "etc/hostname", "etc/hosts", "etc/resolv.conf", "proc", "sys"];
 
-impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
+impl<'a, W: Write, P: FnMut(u64)> Sender<'a, W, P> {
+    fn new(out: &'a mut W, progress: &'a mut P, what: What) -> Sender<'a, W, P> {
+        Sender { out: Writer::new(out), copied: Copied::default(), progress, what, links: Links::default() }
+    }
+
     fn walk(&mut self, path: &Path, name: &[u8], follow: bool, depth: usize) -> io::Result<()> {
         // Links are followed only in the path given by the user.
         let metadata = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) };
@@ -97,14 +101,13 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         if !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
             return self.special(path, name, &metadata, depth);
         }
-        self.say_if_in_image(path, depth)?;
         if kind.is_symlink() {
             let target = match fs::read_link(path) {
                 Err(error) => return self.skip(path, depth, "read", &error),
                 Ok(target) => target,
             };
-            self.copied.entries += 1;
-            return self.out.say(&Entry::Link(name, target.into_os_string().into_vec(), About::from(&metadata)));
+            let entry = Entry::Link(name, target.into_os_string().into_vec(), About::from(&metadata));
+            return self.say(path, depth, &entry);
         }
         if kind.is_file() {
             return self.file(path, name, follow, depth);
@@ -112,8 +115,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         if depth >= DEPTH_MAX {
             return Err(failure(format!("{}: too many nested directories", path.display())));
         }
-        self.copied.entries += 1;
-        self.out.say(&Entry::Directory(name, About::from(&metadata)))?;
+        self.say(path, depth, &Entry::Directory(name, About::from(&metadata)))?;
         if self.is_opaque(path) {
             self.out.say(&Entry::Opaque)?;
         }
@@ -157,10 +159,36 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         }
     }
 
-    fn say_if_in_image(&mut self, path: &Path, depth: usize) -> io::Result<()> {
-        let What::Changes { image, .. } = &self.what else { return Ok(()) };
-        let is_there = depth > 0 && inner(path).is_some_and(|inner| image.join(inner).symlink_metadata().is_ok());
-        if is_there { self.out.say(&Entry::InImage) } else { Ok(()) }
+    /// Sends an entry, after what is to be said about it.
+    fn say(&mut self, path: &Path, depth: usize, entry: &Entry) -> io::Result<()> {
+        if depth > 0 {
+            let is_in = |image: &Path| inner(path).is_some_and(|inner| image.join(inner).symlink_metadata().is_ok());
+            if matches!(&self.what, What::Changes { image, .. } if is_in(image)) {
+                self.out.say(&Entry::InImage)?;
+            }
+            if self.is_whole() {
+                self.say_attributes(path)?;
+            }
+        }
+        self.copied.entries += 1;
+        self.out.say(entry)
+    }
+
+    /// Whether links and attributes are sent as well.
+    fn is_whole(&self) -> bool {
+        !matches!(self.what, What::Files | What::Changes { contents: false, .. })
+    }
+
+    fn say_attributes(&mut self, path: &Path) -> io::Result<()> {
+        match links::attributes(path) {
+            Ok(attributes) => {
+                attributes.into_iter().try_for_each(|(name, value)| self.out.say(&Entry::Attribute(name, value)))
+            }
+            Err(error) => {
+                self.copied.skipped.push(format!("the attributes of {}: {}", path.display(), words(&error)));
+                Ok(())
+            }
+        }
     }
 
     /// Whether a directory hides that of the image (Documentation/filesystems/overlayfs.rst).
@@ -186,9 +214,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             _ => return Ok(()),
         };
         let Some(special) = special else { return self.skip_special(path, depth) };
-        self.say_if_in_image(path, depth)?;
-        self.copied.entries += 1;
-        self.out.say(&Entry::Special(name, special, About::from(metadata)))
+        self.say(path, depth, &Entry::Special(name, special, About::from(metadata)))
     }
 
     /// Skips an unreadable entry of a directory, like Docker: it may be gone, not be accessible to this user, or be one
@@ -223,9 +249,15 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             return self.skip_special(path, depth);
         }
         if matches!(self.what, What::Changes { contents: false, .. }) {
-            self.copied.entries += 1;
-            self.out.say(&Entry::File(name, About::from(&metadata), 0))?;
+            self.say(path, depth, &Entry::File(name, About::from(&metadata), 0))?;
             return self.out.piece(&[]);
+        }
+        let known = match inner(path).filter(|_| self.is_whole()) {
+            Some(inner) => self.links.name(inner, &metadata),
+            None => Name::Only,
+        };
+        if let Name::Another(first) = known {
+            return self.say(path, depth, &Entry::Same(name, first));
         }
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         let begun = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).and_then(|_| {
@@ -240,8 +272,11 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             Err(error) => return self.skip(path, depth, "read", &error),
             Ok(size_bytes) => size_bytes,
         };
-        self.copied.entries += 1;
-        self.out.say(&Entry::File(name, About::from(&metadata), size_bytes))?;
+        if let (Name::First, Some(inner)) = (known, inner(path)) {
+            self.links.note(inner, &metadata);
+            self.out.say(&Entry::Linked)?;
+        }
+        self.say(path, depth, &Entry::File(name, About::from(&metadata), size_bytes))?;
         loop {
             self.out.piece(&piece)?;
             if piece.is_empty() {
@@ -378,13 +413,8 @@ mod tests {
         // /proc is a mount.
         let is_proc = |path: &str| {
             let mut out = Vec::new();
-            let sender = Sender {
-                out: Writer::new(&mut out),
-                copied: Copied::default(),
-                progress: &mut |_| {},
-                what: What::Root { mount: mount_of(Path::new("/")).unwrap() },
-            };
-            sender.is_left_out(Path::new(path))
+            let what = What::Root { mount: mount_of(Path::new("/")).unwrap() };
+            Sender::new(&mut out, &mut |_| {}, what).is_left_out(Path::new(path))
         };
         assert!(is_proc("/./proc") && !is_proc("/./usr"));
     }
