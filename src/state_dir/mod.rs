@@ -30,6 +30,7 @@ pub mod record;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -39,6 +40,8 @@ use record::{Record, State};
 
 use crate::resources::lock;
 
+/// How long another process may take to start a machine again, including the time to pull its image.
+const START_TIMEOUT: Duration = Duration::from_secs(600);
 /// The control socket in a machine's directory.
 pub const CONTROL: &str = "control";
 /// The vsock socket in a machine's directory.
@@ -49,6 +52,8 @@ pub const CONSOLE_LOG: &str = "console.log";
 pub const STREAMS_LOG: &str = "streams.log";
 /// The log of husk's own messages while it runs in the background.
 pub const HUSK_LOG: &str = "husk.log";
+/// The file that is locked while the machine is started again.
+const STARTING: &str = "starting";
 /// The disk with the changes to the root file system of a machine that stays.
 pub const LAYER: &str = "layer.ext4";
 
@@ -208,6 +213,12 @@ impl MachineEntry {
     /// The path of a file in the machine's directory.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+
+    /// Waits until nobody else starts the machine again, and keeps others from it until the returned file is closed. It may be running by
+    /// then.
+    pub fn turn_to_start(&self) -> Result<File> {
+        lock::alone_within(&self.file(STARTING), START_TIMEOUT)
     }
 
     /// The directory that contains all machines' directories: `husk` in `$XDG_RUNTIME_DIR`, if that was set.

@@ -12,9 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{AGAIN_FLAG, ATTACHED_FLAG};
 use crate::cli::argv::{self, IN_BACKGROUND};
 use crate::cli::exit::Exit;
-use crate::state_dir::MachineEntry;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::Record;
+use crate::state_dir::{MachineEntry, StateDir};
 use crate::supervisor::notify;
 
 /// Starts this command again in the background, and waits until its machine is running or has failed to start.
@@ -34,7 +34,12 @@ pub fn spawn(command: Command, words: &[OsString]) -> Result<Option<String>> {
 }
 
 /// Starts a stopped machine in the background, as it was started before, or where it was suspended. That process prints its own errors.
+/// It is a success if somebody else has started it meanwhile.
 pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
+    let _turn = entry.turn_to_start()?;
+    if StateDir::open()?.find(&entry.id)?.alive {
+        return Ok(Exit::Success);
+    }
     let (command, words) = command_of(entry)?;
     Ok(match launch(command, &words, Some(&entry.id))? {
         Launched::Running(_) => Exit::Success,
