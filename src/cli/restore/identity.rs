@@ -8,7 +8,7 @@ use clap::Args;
 use husk_protocol::Route;
 
 use crate::cli::network::{NetworkArg, network_arg};
-use crate::config::{Attachment, MachineConfig, NetworkConfig, PortForward, UserNetwork};
+use crate::config::{Attachment, MachineConfig, NetworkConfig, Publish, UserNetwork};
 use crate::guest;
 use crate::guest::network::{InterfaceSetup, NetworkSetup, on_devices};
 use crate::guest::session::Change;
@@ -33,9 +33,9 @@ pub(super) struct IdentityFlags {
 
     /// Publish a machine's port to the host instead of those that the saved machine published; can be repeated
     ///
-    /// `none` publishes none. By default, the machine publishes the same ports as the saved one, which fails while that
+    /// Without HOST, the port of the host is a free one, which `husk port` shows. `none` publishes none. By default, the machine publishes the same ports as the saved one, which fails while that
     /// is running.
-    #[arg(short = 'p', long = "publish", value_name = "[IP:]HOST:GUEST[/udp]|none", value_parser = published)]
+    #[arg(short = 'p', long = "publish", value_name = "[[IP:]HOST:]GUEST[/udp]|none", value_parser = published)]
     ports: Vec<Published>,
 
     /// Path of the vsock socket of a machine of `husk boot` [default: that of the saved machine]
@@ -46,7 +46,7 @@ pub(super) struct IdentityFlags {
 /// One `-p`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Published {
-    Port(PortForward),
+    Port(Publish),
     None,
 }
 
@@ -197,7 +197,7 @@ impl IdentityFlags {
                     Published::Port(port) => Some(port.clone()),
                     Published::None => None,
                 });
-                *own = ports.collect();
+                *own = ports::choose(&ports.collect::<Vec<_>>())?;
             }
             None if !self.ports.is_empty() => {
                 bail!(
@@ -353,6 +353,8 @@ mod tests {
         assert_eq!(ports(&[], "first"), Ok(kept.clone()), "it is checked when they are opened");
         assert_eq!(ports(&["-p", "none"], "second"), Ok(Vec::new()));
         assert_eq!(ports(&["-p", "81:80", "--network=user"], "second"), Ok(vec!["81->80/tcp".into()]));
+        let chosen = ports(&["-p", "80"], "second").unwrap();
+        assert!(chosen.len() == 1 && chosen[0].ends_with("->80/tcp") && !chosen[0].starts_with("0->"), "{chosen:?}");
         drop(taken);
         assert_eq!(ports(&[], "second"), Ok(kept));
         assert!(
