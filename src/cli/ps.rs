@@ -11,8 +11,8 @@ use super::exit::Exit;
 use super::filter::matches_name;
 use super::inspect::machine::{self, Inspected};
 use super::list::{Columns, Filters, ListFlags, Row};
-use super::size;
 use super::time::{self, ago};
+use super::{reach, size};
 use crate::config::{Attachment, PortForward};
 use crate::image::reference::same_name;
 use crate::image::{Store, volumes};
@@ -106,6 +106,8 @@ impl Ps {
         let filters = self.list.filters(&COLUMNS)?;
         let chosen = Chosen::of(&filters, &state_dir)?;
         let mut entries = state_dir.list()?;
+        entries
+            .retain(|entry| !entry.record.as_ref().is_some_and(|record| record.labels.contains_key(reach::FILES_OF)));
         let shows_all = self.all || filters.values("status").chain(filters.values("exited")).next().is_some();
         match self.last.or(self.latest.then_some(1)) {
             Some(count) => entries.truncate(count),

@@ -13,6 +13,8 @@ use crate::state_dir::origin::Origin;
 use crate::state_dir::record::State;
 use crate::state_dir::{LAYER, MachineEntry, StateDir};
 
+/// The label of that machine, which `husk ps` does not list. Its value is the ID of the machine that is stopped.
+pub const FILES_OF: &str = "husk.files-of";
 /// Enough to serve files.
 const MEMORY: &str = "--memory=256M";
 /// How long that machine has to write its files.
@@ -52,6 +54,7 @@ impl Reached {
         let mut words: Vec<OsString> = fixed.map(OsString::from).into();
         words.push(format!("--entrypoint={INIT_PROGRAM}").into());
         words.push(format!("--files-of={}", entry.id).into());
+        words.push(format!("--label={FILES_OF}={}", entry.id).into());
         if mounts && !record.mounts.is_empty() {
             words.push(format!("--volumes-from={}", entry.id).into());
         }
