@@ -214,6 +214,7 @@ fn invalid_flags_are_rejected_in_one_line_with_a_remedy() {
         (&["boot", "--kernel=/k", "--transport=isa"], "use auto, mmio or pci"),
         (&["boot", "--kernel=/k", "--cmdline", &long_cmdline], "2047"),
         (&["boot", "--kernel=/k", "--cmdline", "a\nb"], "'\\n'"),
+        (&["update", "web", "--restart=always"], "husk run --restart"),
         (&["rub"], "run"),
         (&["completions", "tcsh"], "bash"),
         (&["doctor", "--jason"], "--json"),
@@ -238,8 +239,11 @@ fn short_options_stand_together_and_have_their_values_as_docker_takes_them() {
         let line = refusal(words, 125);
         assert!(line.contains("no such machine: \"nobody\""), "{words:?}: {line}");
     }
-    for (words, named) in [(["run", "-ieX", "-j", "image"], "-j"), (["run", "-it", "--memroy=1", "image"], "--memory")]
-    {
+    for (words, named) in [
+        (["run", "-ieX", "-j", "image"], "-j"),
+        (["run", "-it", "--memroy=1", "image"], "--memory"),
+        (["exec", "--detach-keys=ctrl-x", "web", "sh"], "husk exec -d"),
+    ] {
         let line = refusal(&words, 125);
         assert!(line.contains(named), "{words:?}: {line}");
     }

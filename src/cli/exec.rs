@@ -41,8 +41,16 @@ pub(super) struct Exec {
     #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
     detach: bool,
 
+    #[arg(long, hide = true, value_parser = no_detach_keys)]
+    detach_keys: Option<String>,
+
     #[command(flatten)]
     process: ProcessFlags,
+}
+
+/// A command ends with its connection.
+fn no_detach_keys(_: &str) -> Result<String, String> {
+    Err("a command of `husk exec` ends with it: use `husk exec -d` for one that goes on".to_owned())
 }
 
 impl Exec {

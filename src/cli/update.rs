@@ -56,6 +56,14 @@ pub(super) struct UpdateArgs {
     /// Set the link state of all network interfaces
     #[arg(long, value_name = "up|down", value_parser = link)]
     link: Option<bool>,
+
+    #[arg(long, hide = true, value_parser = no_restart)]
+    restart: Option<String>,
+}
+
+/// The policy is part of the command line that a machine is started with again.
+fn no_restart(_: &str) -> Result<String, String> {
+    Err("a machine keeps its restart policy: use `husk rm` and `husk run --restart`, after `husk commit` if its changes matter".to_owned())
 }
 
 fn bytes(text: &str) -> Result<Limit, String> {
