@@ -198,6 +198,11 @@ impl QueueHandler for FileSystem {
         self.link.iter().map(AsFd::as_fd).collect()
     }
 
+    /// There is always room for a message of each slot.
+    fn waits_for_room(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
         self.reap(queues, true)?;
         if self.is_busy() && self.log_rate.allows() {

@@ -155,6 +155,12 @@ pub trait QueueHandler: Send {
         Vec::new()
     }
 
+    /// Whether also room for output at [`QueueHandler::wake_fds`] wakes the worker. A socket has some again whenever the other
+    /// side takes a message.
+    fn waits_for_room(&self) -> bool {
+        true
+    }
+
     /// Ends a run: takes back all queues and completes all requests in flight. After it returns, even with an error,
     /// guest memory is no longer accessed.
     fn drain(&mut self, _queues: &mut [Virtqueue]) -> Result<(), RingError> {

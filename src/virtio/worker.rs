@@ -262,9 +262,10 @@ fn serve_until_change(
     };
     // The kernel handles the doorbells of offloaded queues.
     offloaded().for_each(|(_, doorbell)| unwatch(epoll, doorbell.as_raw_fd()));
+    let room = if handler.waits_for_room() { EventSet::OUT } else { EventSet::empty() };
     let served = wake_fds
         .iter()
-        .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED))
+        .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | room | EventSet::EDGE_TRIGGERED))
         .map_err(anyhow::Error::from)
         .and_then(|()| serve(epoll, notifiers, handler, queues));
     wake_fds.iter().for_each(|fd| unwatch(epoll, *fd));

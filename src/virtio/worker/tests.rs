@@ -1,8 +1,11 @@
 //! Tests of devices with several workers, and of the threads on which handlers are called.
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, ThreadId};
+use std::time::Duration;
 
 use crate::virtio::mmio::register::{QUEUE_READY, QUEUE_SEL, STATUS};
 use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, wait_for};
@@ -20,6 +23,8 @@ struct Gated {
     gate: Option<Receiver<()>>,
     state: Vec<u8>,
     refuses: Option<u8>,
+    wake: Option<UnixDatagram>,
+    waits_for_room: bool,
     calls: Calls,
 }
 
@@ -45,6 +50,14 @@ impl QueueHandler for Gated {
             queues[0].push(chain.head(), 1)?;
         }
         Ok(Progress::Drained)
+    }
+
+    fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.wake.iter().map(AsFd::as_fd).collect()
+    }
+
+    fn waits_for_room(&self) -> bool {
+        self.waits_for_room
     }
 
     fn drain(&mut self, _queues: &mut [Virtqueue]) -> Result<(), RingError> {
@@ -179,4 +192,28 @@ fn all_groups_are_restored_or_none() {
     }
     driver.write(STATUS, 0);
     assert_eq!(driver.transport.save().session().handlers, [Vec::<u8>::new(), Vec::new()]);
+}
+
+#[test]
+fn a_message_that_the_other_side_takes_wakes_only_a_handler_that_waits_for_room() {
+    for waits_for_room in [true, false] {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let mut handler = Gated::default();
+        (handler.wake, handler.waits_for_room) = (Some(ours.try_clone().unwrap()), waits_for_room);
+        let calls = handler.calls.clone();
+        let count = || calls.lock().unwrap().iter().filter(|(name, _)| *name == "process").count();
+        let mut driver = Driver::new(device_of(vec![handler]));
+        driver.start();
+        wait_for(|| count() > 0);
+        // The events that descriptors have when they begin to be watched.
+        thread::sleep(Duration::from_millis(50));
+        let before = count();
+        ours.send(b"request").unwrap();
+        theirs.recv(&mut [0; 16]).unwrap();
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(count() > before, waits_for_room);
+        let before = count();
+        theirs.send(b"reply").unwrap();
+        wait_for(|| count() > before);
+    }
 }
