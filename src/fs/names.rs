@@ -5,13 +5,22 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::Cache;
 use super::wire::{Body, opcode};
 use super::worker::{Call, Reply, Worker};
 
 impl Worker {
-    /// LOOKUP.
+    /// LOOKUP. With `cache=always`, the guest's kernel remembers also that there is no such file.
     pub fn look_up(&self, mut call: Call<'_>) -> Result<Reply, Errno> {
-        self.entry(call.header.node, call.fields.name()?)
+        let cache = self.server.options.cache;
+        match self.entry(call.header.node, call.fields.name()?) {
+            Err(Errno::NOENT) if cache == Cache::Always => {
+                let mut body = Body::default();
+                body.absent(cache.validity());
+                Ok(Reply::Body(body.0))
+            }
+            found => found,
+        }
     }
 
     /// The reply that tells of the file `name` in a folder.

@@ -61,6 +61,19 @@ fn an_entry_tells_the_files_attributes() {
 }
 
 #[test]
+fn only_a_guest_that_keeps_everything_remembers_what_is_absent() {
+    for (cache, seconds) in [(Cache::Auto, None), (Cache::Never, None), (Cache::Always, Some(86_400_u64))] {
+        let mut guest = Client::with(Options { readonly: false, cache }, 4096);
+        let told = guest.call(opcode::LOOKUP, ROOT_ID, b"none\0");
+        let absent = |seconds: u64| [client::fields64(&[0, 0, seconds]), vec![0; 104]].concat();
+        assert_eq!(told, seconds.map(absent).ok_or(libc::ENOENT), "{cache:?}");
+        // Nothing was looked up that the guest would have to forget.
+        assert_eq!(guest.server.as_ref().unwrap().inodes.count(), 0);
+        assert_eq!(guest.look_up(u64::MAX, "none").map(drop), Err(libc::ESTALE));
+    }
+}
+
+#[test]
 fn attributes_are_set_one_by_one() {
     let mut guest = Client::new();
     fs::write(guest.at("f"), b"12345678").unwrap();

@@ -258,6 +258,13 @@ impl Body {
         self
     }
 
+    /// Adds `struct fuse_entry_out` that says that there is no such file, and for how long that holds.
+    pub fn absent(&mut self, valid: Validity) -> &mut Body {
+        let end = self.0.len() + ENTRY_BYTES;
+        self.u64(0).u64(0).u64(valid.entries).0.resize(end, 0);
+        self
+    }
+
     /// Adds `struct fuse_dirent`.
     pub fn dirent(&mut self, inode: u64, next: u64, kind: u32, name: &[u8]) -> &mut Body {
         self.u64(inode).u64(next).u32(name.len() as u32).u32(kind);
@@ -332,6 +339,7 @@ mod tests {
         assert_eq!(len(&|body| body.attributes_out(&stat, valid)), 104);
         assert_eq!(len(&|body| body.entry(1, &stat, valid)), ENTRY_BYTES);
         assert_eq!(len(&|body| body.no_entry()), ENTRY_BYTES);
+        assert_eq!(len(&|body| body.absent(valid)), ENTRY_BYTES);
         assert_eq!(len(&|body| body.open(1, 0)), 16);
         for name in [&b"a"[..], b"12345678", b"123456789"] {
             assert_eq!(len(&|body| body.dirent(1, 2, 4, name)), dirent_bytes(name));
