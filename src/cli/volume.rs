@@ -2,8 +2,6 @@
 
 pub mod users;
 
-use std::collections::BTreeMap;
-
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -13,6 +11,7 @@ use super::exists::Exists;
 use super::exit::Exit;
 use super::filter::matches_name;
 use super::inspect::FormatFlag;
+use super::labels::LabelFlags;
 use super::list::{Columns, ListFlags, Row};
 use crate::image::Store;
 use crate::image::volumes::{self, Volume};
@@ -21,7 +20,8 @@ use crate::state_dir::StateDir;
 const EXAMPLES: &str = "\
 Examples:
   husk run -v data:/var/lib/postgresql postgres
-  husk volume ls
+  husk volume create --label team=web data
+  husk volume ls --filter label=team
   husk volume rm data";
 
 /// Docker's name for volumes that are folders on the host.
@@ -38,7 +38,7 @@ const COLUMNS: Columns = Columns {
     ],
     shown: &["Driver", "Name", "State"],
     key: "Name",
-    filters: &["name", "dangling", "driver"],
+    filters: &["name", "dangling", "driver", "label"],
 };
 
 #[derive(Debug, Args)]
@@ -54,6 +54,11 @@ enum Command {
     Create {
         /// Names of volumes; without any, one is chosen
         names: Vec<String>,
+        #[command(flatten)]
+        labels: LabelFlags,
+        /// Docker's name for folders on the host
+        #[arg(short, long, hide = true, value_parser = [DRIVER])]
+        driver: Option<String>,
     },
     /// List volumes
     #[command(visible_alias = "list")]
@@ -102,11 +107,14 @@ impl VolumeArgs {
         let state_dir = StateDir::open()?;
         let users = Users::find(&state_dir)?;
         match self.command {
-            Command::Create { names } if names.is_empty() => {
-                super::print(&format!("{}\n", store.create_anonymous_volume()?))?;
+            Command::Create { names, labels, driver: _ } if names.is_empty() => {
+                super::print(&format!("{}\n", store.create_anonymous_volume(&labels.labels()?)?))?;
                 Ok(Exit::Success)
             }
-            Command::Create { names } => for_each(&names, |name| store.create_volume(name)),
+            Command::Create { names, labels, driver: _ } => {
+                let labels = labels.labels()?;
+                for_each(&names, |name| store.create_volume(name, &labels))
+            }
             Command::Rm { mut names, force } => {
                 if force {
                     let found: Vec<String> = store.volumes()?.into_iter().map(|volume| volume.name).collect();
@@ -123,6 +131,7 @@ impl VolumeArgs {
                     filters.any("name", |name| matches_name(&volume.name, name))
                         && filters.any("dangling", |wanted| (wanted == "true") != volume.in_use)
                         && filters.any("driver", |driver| driver == DRIVER)
+                        && filters.labels(&volume.labels)
                 });
                 if json {
                     let all: Vec<Value> = volumes.iter().map(to_json).collect();
@@ -154,7 +163,7 @@ pub fn prune(all: bool) -> Result<Exit> {
 /// What is known about a volume, in Docker's words.
 pub fn to_json(volume: &Volume) -> Value {
     json!({
-        "Name": volume.name, "Driver": DRIVER, "Mountpoint": volume.path, "Scope": "local", "Labels": {}, "Options": {},
+        "Name": volume.name, "Driver": DRIVER, "Mountpoint": volume.path, "Scope": "local", "Labels": volume.labels, "Options": {},
         "Husk": { "InUse": volume.in_use },
     })
 }
@@ -167,7 +176,7 @@ fn row(volume: &Volume) -> Row {
         ("Scope", "local".to_owned()),
         ("State", if volume.in_use { "in use" } else { "free" }.to_owned()),
     ];
-    Row::new(fields, &BTreeMap::new())
+    Row::new(fields, &volume.labels)
 }
 
 /// Does something with each volume, and prints the names of those where it succeeded.

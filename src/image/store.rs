@@ -11,6 +11,7 @@
 //! disks/NAME.ext4    persistent disks; locked while in use
 //! machines/ID/       machines that stay, with their writable layers (state_dir/kept.rs)
 //! volumes/NAME/      named volumes; locked (shared) while in use
+//! volume-labels/NAME the labels of one, as JSON
 //! tmp/NAME.part      files being written, locked by the writer; without a lock, left by a killed process
 //! tmp/NAME.lock      locked by the writer of NAME.part, for others to wait
 //! ```
@@ -35,7 +36,7 @@ const ROOTS: &str = "roots";
 const ROOT_SUFFIX: &str = ".erofs";
 const WARM: &str = "warm";
 const CONFIGS: &str = "configs";
-const DIRS: [&str; 8] = [ROOTS, "blobs", CONFIGS, WARM, "suspended", "disks", "volumes", "tmp"];
+const DIRS: [&str; 9] = [ROOTS, "blobs", CONFIGS, WARM, "suspended", "disks", "volumes", "volume-labels", "tmp"];
 /// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 

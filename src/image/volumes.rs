@@ -1,8 +1,9 @@
 //! Named volumes: folders in the store that machines share, and that outlive them.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, DirBuilder, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct Volume {
     pub path: PathBuf,
     /// Whether a running machine has it.
     pub in_use: bool,
+    /// The user's labels.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A volume that is not removed for as long as this exists.
@@ -92,18 +95,34 @@ impl Store {
         }
     }
 
-    /// Creates an anonymous volume, and returns its name.
-    pub fn create_anonymous_volume(&self) -> Result<String> {
+    /// Creates an anonymous volume with these labels, and returns its name.
+    pub fn create_anonymous_volume(&self, labels: &BTreeMap<String, String>) -> Result<String> {
         let mut random = [0; 32];
         crate::sys::getrandom(&mut random).context("generate a name")?;
         let name = Digest::of(&random).hex();
-        self.create_volume(&name)?;
+        self.create_volume(&name, labels)?;
         Ok(name)
     }
 
-    /// Creates a volume, if it does not exist.
-    pub fn create_volume(&self, name: &str) -> Result<()> {
-        make(&self.volume_path(name)?)
+    /// Creates a volume with these labels. One that exists keeps its own.
+    pub fn create_volume(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
+        let path = self.volume_path(name)?;
+        if !labels.is_empty() && !path.exists() {
+            let written = serde_json::to_vec(labels).map_err(io::Error::from);
+            let written = written.and_then(|json| fs::write(self.labels_path(name), json));
+            written.with_context(|| format!("write the labels of volume {name}"))?;
+        }
+        make(&path)
+    }
+
+    /// The labels of a volume: none, if they cannot be read.
+    fn labels_of(&self, name: &str) -> BTreeMap<String, String> {
+        let json = fs::read(self.labels_path(name)).unwrap_or_default();
+        serde_json::from_slice(&json).unwrap_or_default()
+    }
+
+    fn labels_path(&self, name: &str) -> PathBuf {
+        self.dir().join("volume-labels").join(name)
     }
 
     /// All volumes, sorted by name.
@@ -113,7 +132,8 @@ impl Store {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let in_use = File::open(entry.path()).is_ok_and(|folder| folder.try_lock().is_err());
-            volumes.push(Volume { name, path: entry.path(), in_use });
+            let labels = self.labels_of(&name);
+            volumes.push(Volume { name, path: entry.path(), in_use, labels });
         }
         volumes.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(volumes)
@@ -137,6 +157,8 @@ impl Store {
         };
         ensure!(folder.try_lock().is_ok(), "volume {name} is in use by a running machine");
         ensure!(is_at(&folder, &path), "volume {name} is being removed by another command");
+        // First, so that another volume of this name does not get them.
+        let _ = fs::remove_file(self.labels_path(name));
         remove_tree(&path).with_context(|| format!("remove volume {name}"))
     }
 
@@ -219,8 +241,14 @@ mod tests {
         let held = store.use_volume("data").unwrap();
         let also = store.use_volume("data").unwrap();
         fs::write(held.path.join("f"), b"kept").unwrap();
-        store.create_volume("data").unwrap();
-        store.create_volume("a.b-c_1").unwrap();
+        let labels = [("team".to_owned(), "web".to_owned())].into();
+        store.create_volume("data", &labels).unwrap();
+        store.create_volume("a.b-c_1", &labels).unwrap();
+        assert_eq!(store.volume("a.b-c_1").unwrap().labels, labels);
+        assert!(store.volume("data").unwrap().labels.is_empty(), "it existed");
+        store.remove_volume("a.b-c_1").unwrap();
+        store.create_volume("a.b-c_1", &BTreeMap::new()).unwrap();
+        assert!(store.volume("a.b-c_1").unwrap().labels.is_empty(), "it is another one");
         assert!(is_empty(&store.volume("a.b-c_1").unwrap().path).unwrap() && !is_empty(&held.path).unwrap());
         let found: Vec<_> = store.volumes().unwrap().into_iter().map(|volume| (volume.name, volume.in_use)).collect();
         assert_eq!(found, [("a.b-c_1".into(), false), ("data".into(), true)]);
@@ -230,7 +258,7 @@ mod tests {
         store.remove_volume("data").unwrap();
         assert!(store.remove_volume("data").unwrap_err().to_string().contains("no such volume"));
         for wrong in ["", ".", "..", "a/b", "-a", "a b", &"a".repeat(65)] {
-            assert!(store.create_volume(wrong).is_err(), "{wrong}");
+            assert!(store.create_volume(wrong, &BTreeMap::new()).is_err(), "{wrong}");
             assert!(store.remove_volume(wrong).is_err(), "{wrong}");
         }
     }
@@ -239,7 +267,7 @@ mod tests {
     fn a_volume_that_is_replaced_before_it_is_locked_is_not_the_one_that_is_used() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        store.create_volume("data").unwrap();
+        store.create_volume("data", &BTreeMap::new()).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| (0..300).for_each(|_| drop(store.remove_volume("data"))));
@@ -279,7 +307,8 @@ mod tests {
         assert!(check_name(&name).is_ok() && is_anonymous(&name) && !is_anonymous("data"));
         assert_eq!(name, anonymous_name("0123456789ab", b"/data"));
         assert_ne!(name, anonymous_name("0123456789ab", b"/dat"));
-        assert_ne!(store.create_anonymous_volume().unwrap(), store.create_anonymous_volume().unwrap());
+        let create = || store.create_anonymous_volume(&BTreeMap::new()).unwrap();
+        assert_ne!(create(), create());
         assert!(store.volumes().unwrap().iter().all(|volume| is_anonymous(&volume.name)));
     }
 }
