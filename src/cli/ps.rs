@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::HumanBytes;
 
@@ -63,6 +63,10 @@ const COLUMNS: Columns = Columns {
     ],
 };
 
+/// The states that machines have, and those that only containers have.
+const STATES: [&str; 10] =
+    ["created", "starting", "running", "paused", "restarting", "suspended", "exited", "lost", "dead", "removing"];
+
 /// The fields that are shown with `--size`.
 const WITH_SIZE: [&str; 10] =
     ["ID", "Image", "Command", "RunningFor", "Status", "Ports", "Cpus", "Memory", "Names", "Size"];
@@ -104,6 +108,7 @@ impl Ps {
         let state_dir = StateDir::open()?;
         state_dir.remove_stale()?;
         let filters = self.list.filters(&COLUMNS)?;
+        check_states(filters.values("status"))?;
         let chosen = Chosen::of(&filters, &state_dir)?;
         let mut entries = state_dir.list()?;
         entries
@@ -287,9 +292,23 @@ fn status(entry: &MachineEntry) -> String {
     if restarts == 0 { words } else { format!("{words}, restarts: {restarts}") }
 }
 
+/// Fails if a machine cannot have one of these states.
+fn check_states<'a>(mut wanted: impl Iterator<Item = &'a str>) -> Result<()> {
+    match wanted.find(|state| !STATES.contains(state)) {
+        Some(state) => bail!("machines have no status {state:?}: use {}", STATES[..8].join(", ")),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_that_no_machine_has_is_an_error() {
+        assert!(check_states(["exited", "running", "dead"].into_iter()).is_ok());
+        assert!(check_states(["running", "stopped"].into_iter()).unwrap_err().to_string().contains("use created"));
+    }
 
     #[test]
     fn a_long_command_is_shortened() {

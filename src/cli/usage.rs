@@ -61,17 +61,24 @@ fn line(error: &clap::Error, text: &str, arguments: &[String]) -> String {
 
 /// The alternative to a Docker command that husk does not have.
 fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
-    if arguments.first()? != command {
-        return None;
+    let group = arguments.first()?;
+    if group != command {
+        return match (group.as_str(), command) {
+            ("container", "run" | "create") => Some("use `husk run` or `husk create`"),
+            ("image", "build") => command_hint(&["build".to_owned()], "build"),
+            ("volume" | "network", "update") => Some("remove it, and create it again"),
+            _ => None,
+        };
     }
     Some(match command {
         "build" | "buildx" => {
             "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them"
         }
-        "compose" | "kube" | "pod" | "service" | "stack" | "swarm" => {
+        "compose" | "up" | "down" | "kube" | "pod" | "service" | "stack" | "swarm" => {
             "start each machine by itself, with `husk network create` for a common network"
         }
         "context" => "there is no daemon to choose",
+        "machine" => "a machine is what docker calls a container: use `husk ps` or `husk run`",
         "search" => "look on the registry's web page, and `husk pull` what you find there",
         _ => return None,
     })
@@ -113,6 +120,10 @@ mod tests {
     fn errors_name_the_replacement_of_dockers_options() {
         for (arguments, hint) in [
             (&["build"][..], "docker, podman or buildah"),
+            (&["image", "build", "."], "docker, podman or buildah"),
+            (&["container", "run", "x"], "use `husk run`"),
+            (&["up"], "start each machine by itself"),
+            (&["machine", "ls"], "husk ps"),
             (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
             (&["run", "--gpus", "all", "x"], "no access to the host's GPUs"),
