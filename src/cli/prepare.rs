@@ -28,6 +28,10 @@ pub(super) struct Prepare {
     #[arg(long, value_name = "OS/ARCH", default_value = "linux/amd64", value_parser = super::pull::platform)]
     platform: Platform,
 
+    /// Suppress progress output
+    #[arg(long)]
+    quiet: bool,
+
     /// Do not compress the root filesystem (to measure the cost of compression)
     #[arg(long)]
     plain: bool,
@@ -45,7 +49,7 @@ impl Prepare {
         if matches!(source, Source::Name { path: None, .. }) && Path::new(&self.image).exists() {
             super::print_stderr(&format!("husk: {0} is taken as an image name; use ./{0} for the file\n", self.image));
         }
-        let progress = Progress::on_terminal();
+        let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
         let is_to_be_pulled = self.pull || store.prepared(&source)?.is_none() && self.platform != Platform::default();
         let prepared = match &source {
             Source::Name { reference, .. } if is_to_be_pulled && store.path_of(&source)?.is_none() => {

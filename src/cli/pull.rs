@@ -80,12 +80,16 @@ pub(super) struct PullFlags {
     /// Platform of an image that is pulled: linux/amd64 or linux/386
     #[arg(long, value_name = "OS/ARCH", value_parser = platform_name)]
     platform: Option<String>,
+
+    /// Do not show the progress of a pull
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 impl PullFlags {
     /// How an image is found, with the limit and the sandbox of its import.
     pub fn finding(&self, max_bytes: Option<u64>, sandbox: bool) -> Finding<'_> {
-        Finding { pull: self.pull, platform: self.platform.as_deref(), max_bytes, sandbox }
+        Finding { pull: self.pull, platform: self.platform.as_deref(), max_bytes, sandbox, quiet: self.quiet }
     }
 }
 

@@ -52,6 +52,8 @@ pub struct Finding<'a> {
     pub max_bytes: Option<u64>,
     /// Whether what reads foreign data is confined.
     pub sandbox: bool,
+    /// Whether no progress is shown.
+    pub quiet: bool,
 }
 
 /// Returns the image that `word` names, preparing it in a child process if the store does not have it. Returns `None`
@@ -80,7 +82,7 @@ pub fn find_or_prepare(word: &str, finding: Finding<'_>) -> Result<Option<Prepar
 
 /// Returns the image's ID, or `None` if the child failed and printed the reason.
 fn prepare_in_child(word: &str, finding: Finding<'_>) -> Result<Option<String>> {
-    let Finding { pull, platform, max_bytes, sandbox } = finding;
+    let Finding { pull, platform, max_bytes, sandbox, quiet } = finding;
     // Not by path: husk may have been upgraded in the meantime.
     let mut command = Command::new("/proc/self/exe");
     command.arg("prepare");
@@ -92,6 +94,9 @@ fn prepare_in_child(word: &str, finding: Finding<'_>) -> Result<Option<String>> 
     }
     if let Some(platform) = platform {
         command.args(["--platform", platform]);
+    }
+    if quiet {
+        command.arg("--quiet");
     }
     if !sandbox {
         command.args(["--sandbox", "off"]);

@@ -66,7 +66,7 @@ const fn idle(long: &'static str, values: Values) -> Idle {
 const OWN_KERNEL: &str =
     "a machine has a kernel of its own, and shares no namespace with the host or with other machines";
 
-const IDLE: [Idle; 21] = [
+const IDLE: [Idle; 20] = [
     idle("annotation", Values::Any),
     Idle {
         short: Some('a'),
@@ -95,7 +95,6 @@ const IDLE: [Idle; 21] = [
     ),
     idle("pid", Values::OneOf(&["", "private"], OWN_KERNEL)),
     idle("privileged", Values::Switch),
-    Idle { short: Some('q'), ..idle("quiet", Values::Switch) },
     idle(
         "sig-proxy",
         Values::Only(&["true"], "in the foreground husk is the machine: use -d and `husk attach --sig-proxy=false`"),
