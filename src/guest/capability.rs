@@ -48,6 +48,11 @@ const NAMES: [&str; 41] = [
 /// All capabilities, a bit for each.
 const ALL: u64 = (1 << NAMES.len()) - 1;
 
+/// The names of all capabilities, as Linux has them.
+pub fn names() -> Vec<String> {
+    NAMES.iter().map(|name| format!("CAP_{name}")).collect()
+}
+
 /// The bits of `NET_ADMIN`, `cap_net_admin`, several of them with commas in between, or `ALL`.
 pub fn mask(text: &str) -> Result<u64, String> {
     let bit = |word: &str| {

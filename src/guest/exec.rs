@@ -112,7 +112,9 @@ impl Connections {
 
     /// The same as [`Connections::end`] with a deadline, after which the error is that of a read that would block.
     pub fn end_by(&mut self, deadline: Option<Instant>) -> Result<ToHost> {
-        let is_end = |message: &ToHost| !matches!(message, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime);
+        let is_end = |message: &ToHost| {
+            !matches!(message, ToHost::Admitted | ToHost::Created(_) | ToHost::Started(_) | ToHost::AskTime)
+        };
         await_message(&mut self.control, &mut self.reader, deadline, is_end)
     }
 
@@ -244,6 +246,26 @@ fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
 /// Runs the session until the process exits, with this process's streams and `signals`. With `takes_keys`, all keys
 /// typed on this terminal go to the process.
 pub fn run_session(connections: Connections, signals: &SignalFd, takes_keys: bool) -> Result<End> {
+    run(connections, signals, takes_keys, None)
+}
+
+/// The same for a process in a container, which gets all signals. Calls `started` when it is running.
+pub fn run_contained(
+    connections: Connections,
+    signals: &SignalFd,
+    takes_keys: bool,
+    started: impl FnOnce() -> Result<()>,
+) -> Result<End> {
+    let mut started = Some(started);
+    run(connections, signals, takes_keys, Some(&mut || started.take().map_or(Ok(()), |started| started())))
+}
+
+fn run(
+    connections: Connections,
+    signals: &SignalFd,
+    takes_keys: bool,
+    mut started: Option<&mut dyn FnMut() -> Result<()>>,
+) -> Result<End> {
     let Connections { id, control, reader: _, streams, on_terminal } = connections;
     // Before the streams have threads.
     let terminal = if takes_keys { RawTerminal::enter().context("set up the terminal")? } else { None };
@@ -252,10 +274,18 @@ pub fn run_session(connections: Connections, signals: &SignalFd, takes_keys: boo
     for fd in [session.as_raw_fd(), signals.as_raw_fd()] {
         epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).context("watch the session")?;
     }
+    if started.is_some() {
+        session.only_forward();
+    }
     // There is no machine in this process to end.
     let exit_latch = ExitLatch::new()?;
     let end = loop {
         session.on_ready(&exit_latch)?;
+        if session.has_started()
+            && let Some(started) = started.take()
+        {
+            started()?;
+        }
         if let Some(end) = session.end().filter(|_| session.is_over()) {
             break Ok(End::Reported(end.clone()));
         }

@@ -6,13 +6,13 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use husk_protocol::{Overlay, Preload, Process, Root, Run, Spec, Start, Tmpfs, WindowSize};
+use husk_protocol::{Container, Overlay, Preload, Process, Root, Run, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::NetworkSetup;
 use self::process::Overrides;
 use self::shares::Share;
 use crate::config::{
-    DEFAULT_CID, DiskConfig, Format, HealthCheck, MachineConfig, NetworkConfig, Transport, VsockConfig,
+    DEFAULT_CID, DiskConfig, Format, HealthCheck, MachineConfig, NetworkConfig, ShareConfig, Transport, VsockConfig,
 };
 use crate::console::terminal;
 use crate::image::ImageProcess;
@@ -61,6 +61,13 @@ pub enum RootFs {
         /// Whether the disk is read-only.
         readonly: bool,
     },
+    /// A folder of the host with the root file system of a container and what is mounted in it.
+    Share {
+        /// The folder.
+        path: PathBuf,
+        /// The container.
+        container: Box<Container>,
+    },
 }
 
 /// Where changes to an image's root file system are stored.
@@ -91,11 +98,13 @@ pub struct GuestSpec {
 #[derive(Debug)]
 enum Program {
     /// A process that husk's init starts.
-    Process(Process),
+    Process(Box<Process>),
     /// The root file system's own init with its arguments; if empty, the default one.
     Init(Vec<Vec<u8>>),
 }
 
+/// What the guest mounts to reach the files of containers.
+const CONTAINERS_TAG: &str = "containers";
 /// The driver of devices that are not on PCI.
 const MMIO_DRIVER: &str = "virtio_mmio";
 /// The guest's device with the root file system, the first disk of every machine.
@@ -121,7 +130,7 @@ impl GuestSpec {
         process.terminal = terminal.then(size);
         process.stdin = stdin;
         check_hostname(&hostname)?;
-        let program = Program::Process(process);
+        let program = Program::Process(Box::new(process));
         Ok(GuestSpec::new(root_fs, hostname, tmpfs, program))
     }
 
@@ -132,6 +141,13 @@ impl GuestSpec {
         let hostname = if matches!(root_fs, RootFs::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
         GuestSpec::new(root_fs, hostname, tmpfs, Program::Init(args))
+    }
+
+    /// A machine with the first process of `container`, whose files lie in the folder `share` of the host.
+    pub fn with_container(share: PathBuf, container: Container, process: Process) -> GuestSpec {
+        let hostname = container.hostname.clone();
+        let root_fs = RootFs::Share { path: share, container: Box::new(container) };
+        GuestSpec::new(root_fs, hostname, Vec::new(), Program::Process(Box::new(process)))
     }
 
     fn new(root_fs: RootFs, hostname: String, tmpfs: Vec<Tmpfs>, program: Program) -> GuestSpec {
@@ -174,7 +190,10 @@ impl GuestSpec {
 
     /// The command line, for display.
     pub fn command(&self) -> Vec<String> {
-        let (Program::Process(Process { args, .. }) | Program::Init(args)) = &self.program;
+        let args = match &self.program {
+            Program::Process(process) => &process.args,
+            Program::Init(args) => args,
+        };
         args.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()
     }
 
@@ -182,7 +201,7 @@ impl GuestSpec {
     pub fn stop_signal(&self) -> u8 {
         let named = match &self.root_fs {
             RootFs::Image { defaults, .. } => defaults.stop_signal.as_deref(),
-            RootFs::Disk { .. } => None,
+            RootFs::Disk { .. } | RootFs::Share { .. } => None,
         };
         // An invalid value in the image is not the user's mistake.
         named.and_then(signal::number).unwrap_or(libc::SIGTERM as u8)
@@ -192,7 +211,7 @@ impl GuestSpec {
     pub fn health_check(&self) -> Option<&HealthCheck> {
         match &self.root_fs {
             RootFs::Image { defaults, .. } => defaults.healthcheck.as_ref(),
-            RootFs::Disk { .. } => None,
+            RootFs::Disk { .. } | RootFs::Share { .. } => None,
         }
     }
 
@@ -240,11 +259,11 @@ impl GuestSpec {
 
     /// What a waiting machine, whose network devices are `devices`, needs to begin the run: everything that
     /// [`GuestSpec::waiting_initramfs`] leaves out.
-    pub fn begin(&self, devices: &[NetworkConfig]) -> Result<(Overlay, Run)> {
+    pub fn begin(&self, devices: &[NetworkConfig]) -> Result<(Overlay, Box<Run>)> {
         let Program::Process(process) = &self.program else { bail!("a waiting machine runs a command, not an init") };
         let mut run = self.run(process);
         run.identity.interfaces = network::on_devices(run.identity.interfaces, devices)?;
-        Ok((self.overlay(), run))
+        Ok((self.overlay(), Box::new(run)))
     }
 
     /// What distinguishes the machine `machine`, if it has husk's init. `is_hostname_chosen` says whether the user chose the
@@ -274,6 +293,7 @@ impl GuestSpec {
                 }
             }
             RootFs::Disk { .. } => drivers.extend(["crc32c_generic?", "ext4?", "xfs?", "btrfs?", "vfat?"]),
+            RootFs::Share { .. } => drivers.push("virtiofs"),
         }
         if self.has_session() {
             drivers.push("vmw_vsock_virtio_transport");
@@ -299,6 +319,7 @@ impl GuestSpec {
                 Root::Image { device, overlay: if waits { Overlay::Memory } else { self.overlay() } }
             }
             RootFs::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
+            RootFs::Share { .. } => Root::Share { tag: CONTAINERS_TAG.to_owned() },
         };
         Spec { modules: modules.iter().map(initramfs::module_path).collect(), root, start }
     }
@@ -308,7 +329,9 @@ impl GuestSpec {
         match &self.root_fs {
             RootFs::Image { writable: WritableLayer::Disk(_), .. } => Overlay::Disk(WRITABLE_DEVICE.to_owned()),
             RootFs::Image { writable: WritableLayer::Memory, .. } => Overlay::Memory,
-            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { .. } => Overlay::ReadOnly,
+            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { .. } | RootFs::Share { .. } => {
+                Overlay::ReadOnly
+            }
         }
     }
 
@@ -320,6 +343,10 @@ impl GuestSpec {
             sysctls: self.sysctls.clone(),
             volumes: self.volumes.clone(),
             process: process.clone(),
+            container: match &self.root_fs {
+                RootFs::Share { container, .. } => Some(container.clone()),
+                RootFs::Image { .. } | RootFs::Disk { .. } => None,
+            },
         }
     }
 
@@ -342,6 +369,11 @@ impl GuestSpec {
             }
             RootFs::Image { root, .. } => vec![disk(root, true, raw)],
             RootFs::Disk { path, readonly } => vec![disk(path, *readonly, None)],
+            RootFs::Share { .. } => Vec::new(),
+        };
+        let of_containers = match &self.root_fs {
+            RootFs::Share { path, .. } => Some(ShareConfig::of(path.clone(), CONTAINERS_TAG.to_owned())),
+            RootFs::Image { .. } | RootFs::Disk { .. } => None,
         };
         // A waiting machine has no others.
         let late_disks = if self.has_session() { disks.len().saturating_sub(1) } else { 0 };
@@ -355,7 +387,7 @@ impl GuestSpec {
             vsock: self.has_session().then_some(vsock),
             networks: self.network.configs.clone(),
             late_disks,
-            shares: self.shares.iter().map(|share| share.config.clone()).collect(),
+            shares: self.shares.iter().map(|share| share.config.clone()).chain(of_containers).collect(),
             ..MachineConfig::default()
         }
     }
@@ -396,9 +428,9 @@ mod tests {
         spec.connect(NetworkSetup::new(vec![device(1).into()], &[]));
         let Program::Process(process) = &spec.program else { unreachable!() };
         let mut run = spec.run(process);
-        assert_eq!(spec.begin(&[device(1)]).unwrap(), (Overlay::Memory, run.clone()));
+        assert_eq!(spec.begin(&[device(1)]).unwrap(), (Overlay::Memory, Box::new(run.clone())));
         run.identity.interfaces[0].device_mac = [2, 0, 0, 0, 0, 9];
-        assert_eq!(spec.begin(&[device(9)]).unwrap().1, run);
+        assert_eq!(*spec.begin(&[device(9)]).unwrap().1, run);
         assert!(spec.begin(&[]).unwrap_err().to_string().contains("0 network interfaces, not 1"));
     }
 

@@ -66,6 +66,8 @@ impl Overrides {
             detached: false,
             limits,
             rights: self.rights,
+            credentials: None,
+            container: None,
         }
     }
 }
@@ -117,12 +119,16 @@ const LIMITS: [(&str, u32); 15] = [
     ("stack", libc::RLIMIT_STACK),
 ];
 
+/// The resource of setrlimit(2) by its `--ulimit` name.
+pub fn resource(name: &str) -> Option<u32> {
+    LIMITS.iter().find(|(known, _)| *known == name).map(|(_, resource)| *resource)
+}
+
 /// Parses `NAME=SOFT[:HARD]`; -1 means unlimited.
 pub fn limit(text: &str) -> Result<Limit, String> {
     let wrong = || format!("{text:?} is not a resource limit: use NAME=SOFT[:HARD], such as nofile=1024:4096");
     let (name, values) = text.split_once('=').ok_or_else(wrong)?;
-    let resource = LIMITS.iter().find(|(known, _)| *known == name).map(|(_, resource)| *resource);
-    let resource = resource.ok_or_else(|| {
+    let resource = resource(name).ok_or_else(|| {
         let names = LIMITS.map(|(name, _)| name).join(", ");
         format!("unknown resource limit {name:?}: use one of {names}")
     })?;

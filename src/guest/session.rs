@@ -54,6 +54,10 @@ pub struct Session {
     arrived: Vec<Role>,
     on_terminal: bool,
     started: bool,
+    /// Whether the process waits in its container to be told to go.
+    is_created: bool,
+    /// Whether termination signals are the process's business alone, as in a container.
+    only_forwards: bool,
     /// What the guest is to become when it says that its process started before the machine was saved.
     change: Option<Change>,
     /// Whether it still has to become that.
@@ -90,6 +94,21 @@ impl Session {
     /// Whether the process is running or has run.
     pub fn has_started(&self) -> bool {
         self.started
+    }
+
+    /// Whether the container of the process is created, so that it may be [told to go](Session::go).
+    pub fn is_created(&self) -> bool {
+        self.is_created
+    }
+
+    /// Executes the program of a process that waits in its container.
+    pub fn go(&mut self) {
+        self.send(&ToGuest::Go);
+    }
+
+    /// Forwards any number of termination signals to a process that has started.
+    pub fn only_forward(&mut self) {
+        self.only_forwards = true;
     }
 
     /// Whether the guest has, as far as is known, the identity of another machine, so that its networks must not see it.
@@ -149,12 +168,16 @@ impl Session {
             self.signaled_at.retain(|at| now - *at < KILL_WINDOW);
             self.signaled_at.push(now);
         }
-        if terminates && (!self.started || self.end.is_some() || self.signaled_at.len() >= KILL_SIGNALS) {
+        if terminates && (!self.started || self.end.is_some() || self.kills_by(self.signaled_at.len())) {
             return exit_latch.declare(ExitReason::Killed(signal));
         }
         if let Ok(number) = u8::try_from(signal) {
             self.send_signal(number);
         }
+    }
+
+    fn kills_by(&self, signals: usize) -> bool {
+        signals >= KILL_SIGNALS && !self.only_forwards
     }
 
     /// Sends the process a signal. Does nothing if there is no process.
@@ -286,6 +309,7 @@ impl Session {
                     self.resize();
                 }
             }
+            ToHost::Created(_) => self.is_created = true,
             ToHost::Resumed { streams, .. } => {
                 let Some(Change { identity, cut, .. }) = self.change.take() else { return Ok(()) };
                 self.is_changing = true;

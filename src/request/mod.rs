@@ -14,7 +14,7 @@ use husk_protocol::frame::Message;
 use serde::{Deserialize, Serialize};
 
 /// The protocol version. Any change of a message increments it.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// A request with its protocol version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +39,8 @@ pub enum Request {
         /// The signal number.
         signal: u8,
     },
+    /// Execute the program of a process that waits in its container. Answered when it is running or has failed to start.
+    Go,
     /// Answered when the machine has ended for good.
     Wait,
     /// Pause the vCPUs.

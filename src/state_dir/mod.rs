@@ -94,6 +94,12 @@ impl StateDir {
         Ok(StateDir { base, kept: kept::place() })
     }
 
+    /// Opens the state directory `base`, whose machines end with their processes.
+    pub fn at(base: PathBuf) -> Result<StateDir> {
+        machine_dir::own(&base).with_context(|| format!("use the directory {}", base.display()))?;
+        Ok(StateDir { base, kept: None })
+    }
+
     /// Creates the directory of a new machine and assigns it `name`, if given. Fails if the name is in use.
     pub fn create(&self, name: Option<&str>) -> Result<MachineDir> {
         let dir = machine_dir::create_in(&self.base)

@@ -23,6 +23,8 @@ use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
 use crate::monitor::Monitor;
+use crate::request::Reply;
+use crate::request::server::Caller;
 use crate::resources::passt::Starter;
 use crate::resources::{Outside, Resources};
 use crate::state_dir;
@@ -30,6 +32,7 @@ use crate::sys::SignalFd;
 use crate::sys::resident::IdleTrim;
 use crate::sys::timer::ClockJumps;
 use crate::timings::{Step, Timings};
+use husk_protocol::ToHost;
 
 /// The event sources of the thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,6 +135,8 @@ pub(super) struct Supervisor<'a> {
     on_terminal: bool,
     trim: IdleTrim,
     save: Option<&'a Save>,
+    /// Who has asked for the program of a process that waits in its container.
+    pub(super) starter: Option<Caller>,
     /// The snapshot that is being taken.
     pub(super) snapshot: Option<Snapshot>,
     /// The IDs of snapshots since which it is known what has changed in memory.
@@ -182,6 +187,7 @@ impl<'a> Supervisor<'a> {
             on_terminal,
             trim: IdleTrim::start(),
             save: None,
+            starter: None,
             snapshot: None,
             bases,
             prober: None,
@@ -265,6 +271,10 @@ impl<'a> Supervisor<'a> {
 
     /// Reports that the machine is running, once it is, including its process if it has one, and connects it to its networks.
     fn note_start(&mut self) -> Result<()> {
+        if self.session.as_ref().is_some_and(|session| session.is_created()) {
+            self.endpoint.note_created();
+            self.answer_starter();
+        }
         if self.session.as_ref().is_some_and(|session| !session.has_started()) {
             return Ok(());
         }
@@ -274,6 +284,19 @@ impl<'a> Supervisor<'a> {
         }
         self.endpoint.note_running()?;
         self.start_prober()
+    }
+
+    /// Answers who has asked for the program of a container, once it is running or has failed to start.
+    fn answer_starter(&mut self) {
+        let reply = self.session.as_ref().and_then(|session| match session.end() {
+            Some(ToHost::Failed { message, .. }) => Some(Reply::Refused(message.clone())),
+            _ => session.has_started().then_some(Reply::Done),
+        });
+        if let Some(reply) = reply
+            && let Some(caller) = self.starter.take()
+        {
+            self.endpoint.server.answer(caller, &reply);
+        }
     }
 
     /// Starts the health checks, if there are any and they have not been started.

@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,9 @@ use crate::state_dir::health::{Health, Probe};
 use crate::state_dir::record::{Record, State, now_ms};
 use crate::state_dir::{self, MachineDir, husk_log};
 use crate::sys::SignalFd;
+
+/// What the creator of a machine's container reads when it is created.
+pub const CREATED: &[u8] = b"created\n";
 
 /// A machine's entry among the user's machines.
 #[derive(Debug)]
@@ -44,6 +48,8 @@ pub struct ControlEndpoint {
     pub(super) is_suspended: bool,
     /// The ID of the snapshot from which the machine is about to be restored.
     pub(super) restored_from: Option<String>,
+    /// Who waits until the container of the machine is created.
+    creator: Option<UnixStream>,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
@@ -78,6 +84,7 @@ impl ControlEndpoint {
             is_new,
             is_suspended,
             restored_from: None,
+            creator: None,
             started,
             dir,
         })
@@ -86,6 +93,24 @@ impl ControlEndpoint {
     /// Notes the ID of the snapshot from which the machine is about to be restored.
     pub fn note_origin(&mut self, snapshot_id: &str) {
         self.restored_from = Some(snapshot_id.to_owned());
+    }
+
+    /// Notes who waits until the container of the machine is created, and reads a line that says so then.
+    pub fn report_creation_to(&mut self, creator: UnixStream) {
+        self.creator = Some(creator);
+    }
+
+    /// Whether the container of the machine is created, and its creator knows that.
+    pub fn is_created(&self) -> bool {
+        self.creator.is_none()
+    }
+
+    /// Tells the creator of the machine's container that it is created. Does nothing when repeated.
+    pub(super) fn note_created(&mut self) {
+        if let Some(mut creator) = self.creator.take() {
+            // One that is gone has cleaned up, or will.
+            let _ = creator.write_all(CREATED);
+        }
     }
 
     /// The path of a file in the machine's directory.

@@ -149,6 +149,10 @@ impl Recipient for Supervisor<'_> {
                 self.endpoint.end_requested |= terminates;
                 session.send_signal(signal);
             }
+            Some(session) if session.is_created() && terminates => {
+                self.endpoint.end_requested = true;
+                self.monitor.exit_latch().declare(ExitReason::Killed(signal.into()));
+            }
             Some(_) => bail!("the machine's process has not started yet: try again"),
             None if terminates => {
                 self.endpoint.end_requested = true;
@@ -173,6 +177,10 @@ impl Recipient for Supervisor<'_> {
                 return Ok(None);
             }
             Request::Update(update) => self.update(update)?,
+            Request::Go => {
+                self.go(caller)?;
+                return Ok(None);
+            }
             Request::Attach => {
                 self.attach(caller)?;
                 return Ok(None);
@@ -194,6 +202,15 @@ impl Recipient for Supervisor<'_> {
 }
 
 impl Supervisor<'_> {
+    /// Executes the program of a process that waits in its container. The caller is answered when that is known.
+    fn go(&mut self, caller: Caller) -> Result<()> {
+        let session = self.session.as_mut().filter(|session| session.is_created() && !session.has_started());
+        let session = session.filter(|_| self.starter.is_none());
+        session.context("the container has been started already")?.go();
+        self.starter = Some(caller);
+        Ok(())
+    }
+
     fn pause(&mut self) -> Result<()> {
         match self.endpoint.record.state {
             State::Running { .. } => {}

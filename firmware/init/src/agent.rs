@@ -2,6 +2,7 @@
 //! machine.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{Hello, MAIN_SESSION, Role};
@@ -12,8 +13,9 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 use crate::connection::{self, PendingConnection};
+use crate::container::Member;
 use crate::report;
-use crate::session::Session;
+use crate::session::{Session, World};
 use crate::setup::Prepared;
 use crate::{connections, sys};
 
@@ -66,7 +68,8 @@ impl Agent {
     fn serve(&mut self) {
         loop {
             self.reap();
-            self.main.advance(self.prepared.as_ref().map_or("", Prepared::hostname));
+            let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
+            self.main.advance(World { hostname, containers: &[] });
             self.change();
             if self.main.is_cut()
                 && let Err(failure) = self.main.reconnect()
@@ -102,8 +105,10 @@ impl Agent {
         self.read_hellos();
         self.admit();
         let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
+        let containers: Vec<Rc<Member>> =
+            std::iter::once(&self.main).chain(&self.others).filter_map(Session::container).collect();
         for session in &mut self.others {
-            session.advance(hostname);
+            session.advance(World { hostname, containers: &containers });
         }
         let before = self.others.len();
         self.others.retain(|session| !session.is_over());

@@ -1,9 +1,12 @@
-//! The cgroup of processes whose number is limited (Documentation/admin-guide/cgroup-v2.rst).
+//! Cgroups of processes whose number or memory is limited (Documentation/admin-guide/cgroup-v2.rst).
 
 use std::fs;
 use std::io;
 
+use husk_protocol::Container;
+
 use crate::errors::{Context, Failure};
+use crate::report;
 use crate::root::make_dir;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -20,4 +23,36 @@ pub fn limit_processes(max: u32) -> Result<(), Failure> {
 /// Moves this process to the cgroup.
 pub fn join() -> io::Result<()> {
     fs::write(format!("{DIR}/cgroup.procs"), "0")
+}
+
+fn container(id: &str) -> String {
+    format!("{ROOT}/container-{id}")
+}
+
+/// Creates the cgroup of a container with its limits. The kernel may not support some of them: the machine has limits of its own.
+pub fn create_container(container: &Container) {
+    let dir = self::container(&container.id);
+    if fs::create_dir(&dir).is_err() {
+        return;
+    }
+    for (controller, file, max) in
+        [("pids", "pids.max", container.processes_max), ("memory", "memory.max", container.memory_max_bytes)]
+    {
+        let Some(max) = max else { continue };
+        let limited = fs::write(format!("{ROOT}/cgroup.subtree_control"), format!("+{controller}"))
+            .and_then(|()| fs::write(format!("{dir}/{file}"), max.to_string()));
+        if let Err(error) = limited {
+            report::say(&format!("set {file} of the container: {error}"));
+        }
+    }
+}
+
+/// Moves this process to the cgroup of a container, if there is one.
+pub fn join_container(id: &str) {
+    let _ = fs::write(format!("{}/cgroup.procs", container(id)), "0");
+}
+
+/// Removes the cgroup of a container, whose processes have ended.
+pub fn remove_container(id: &str) {
+    let _ = fs::remove_dir(container(id));
 }

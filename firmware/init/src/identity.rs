@@ -86,6 +86,12 @@ pub fn name_of(uid: u32, passwd: &[u8]) -> Option<String> {
     Some(String::from_utf8_lossy(user.name).into_owned())
 }
 
+/// The home directory of the user `uid`; `/` if it is not listed.
+pub fn home_of(uid: u32, passwd: &[u8]) -> Vec<u8> {
+    let home = users(passwd).find(|user| user.uid == uid).map(|user| user.home).filter(|home| !home.is_empty());
+    home.unwrap_or(b"/").to_vec()
+}
+
 fn find_group(wanted: &str, group: &[u8]) -> Result<u32, String> {
     let number = number(wanted.as_bytes());
     groups(group)

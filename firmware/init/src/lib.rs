@@ -16,6 +16,8 @@ mod cgroup;
 mod clock;
 mod connection;
 mod connections;
+mod contained;
+mod container;
 mod content;
 pub mod copy;
 mod devices;
@@ -36,6 +38,7 @@ mod session;
 mod setup;
 mod sys;
 mod sysctl;
+mod trees;
 
 use connection::Connecting;
 use errors::Failure;
@@ -84,7 +87,7 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
     let listener = agent::listen();
     let prepared = match (prepared, run) {
         (Ok(prepared), Some(run)) => {
-            session.start(&run.process, prepared.hostname());
+            session.begin(run, prepared.hostname());
             Some(prepared)
         }
         (Ok(mut prepared), None) => {
@@ -118,7 +121,7 @@ fn begin(session: &mut Session, prepared: &mut Prepared) -> Result<(), Failure> 
     let set_up = prepared.begin(&overlay, &run);
     session.add(connecting.complete()?);
     match set_up {
-        Ok(()) => session.start(&run.process, prepared.hostname()),
+        Ok(()) => session.begin(&run, prepared.hostname()),
         Err(failure) => session.fail(failure),
     }
     session.ask_time();

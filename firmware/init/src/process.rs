@@ -8,11 +8,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::fchown;
 use std::path::PathBuf;
 
-use husk_protocol::{FIXED_PATH, Process};
+use husk_protocol::{Credentials, FIXED_PATH, Process, WindowSize};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::pty::openpty;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
     ForkResult, Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, pipe2, setgid, setgroups, setsid,
     setuid,
@@ -36,16 +37,32 @@ pub struct Started {
     pub terminal: Option<OwnedFd>,
 }
 
-/// The process's ends of the streams.
-struct Streams {
-    stdin: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
+impl Started {
+    /// Without streams.
+    pub fn bare() -> Started {
+        Started { pid: Pid::from_raw(0), stdin: None, stdout: None, stderr: None, terminal: None }
+    }
+
+    /// Transfers what the process reads and writes through our end of its terminal.
+    pub fn use_terminal(&mut self, process: &Process, master: OwnedFd) -> Result<(), Failure> {
+        let copy = || master.try_clone().context("duplicate a file descriptor");
+        self.stdin = process.stdin.then(copy).transpose()?;
+        self.stdout = Some(copy()?);
+        self.terminal = Some(master);
+        Ok(())
+    }
 }
 
-/// The step at which the child failed.
+/// The process's ends of the streams.
+pub struct Streams {
+    pub stdin: OwnedFd,
+    pub stdout: OwnedFd,
+    pub stderr: OwnedFd,
+}
+
+/// The step at which a child failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+pub enum Stage {
     Session,
     Streams,
     Limits,
@@ -72,27 +89,40 @@ pub fn working_dir(process: &Process) -> PathBuf {
     PathBuf::from("/").join(OsStr::from_bytes(&process.working_dir))
 }
 
-/// Starts `process`. Returns when the program is running or has failed to start.
+/// A program with its arguments and environment, as execve(2) takes them.
+pub struct Program {
+    /// Where it may be, in this order.
+    pub candidates: Vec<CString>,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+impl Program {
+    /// The program of `process`, whose variables are `env`.
+    pub fn new(process: &Process, env: Vec<Vec<u8>>) -> Result<Program, Failure> {
+        let text = |bytes: &Vec<u8>| {
+            CString::new(bytes.as_slice()).map_err(|_| Failure::new("an argument contains a NUL byte"))
+        };
+        let args = process.args.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+        let candidates = programs(&args, &env)?;
+        let env = env.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+        Ok(Program { candidates, args, env })
+    }
+}
+
+/// Starts `process` in the machine's root file system. Returns when the program is running or has failed to start.
 pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
     let passwd = fs::read("/etc/passwd").unwrap_or_default();
     let group = fs::read("/etc/group").unwrap_or_default();
     let mut identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
     identity.join(&process.rights.groups, &group).map_err(Failure::new)?;
     process.rights.processes_max.map_or(Ok(()), cgroup::limit_processes)?;
-    let text =
-        |bytes: &Vec<u8>| CString::new(bytes.as_slice()).map_err(|_| Failure::new("an argument contains a NUL byte"));
-    let args = process.args.iter().map(text).collect::<Result<Vec<_>, _>>()?;
-    let env = environment(process, hostname, &identity.home);
-    let programs = programs(&args, &env)?;
-    let env = env.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let program = Program::new(process, environment(process, hostname, &identity.home))?;
     let (mut started, streams) = open_streams(process, &identity)?;
     let (failed, mut failing) = pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (r, File::from(w))).context("create a pipe")?;
     match sys::fork().context("fork a process")? {
         ForkResult::Child => {
-            let (stage, error) = match become_process(process, &identity, &streams) {
-                Ok(()) => (Stage::Program, exec(&programs, &args, &env)),
-                Err(failed) => failed,
-            };
+            let (stage, error) = run(process, &identity, &streams, &program);
             let _ = failing.write_all(&[stage as u8, error as i32 as u8]);
             sys::leave()
         }
@@ -108,8 +138,8 @@ pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
 }
 
 /// Without a terminal, one pipe per stream, so that outputs stay separate and can be closed individually.
-fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Streams), Failure> {
-    let mut started = Started { pid: Pid::from_raw(0), stdin: None, stdout: None, stderr: None, terminal: None };
+pub fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Streams), Failure> {
+    let mut started = Started::bare();
     let owner = |fd: &OwnedFd, gid| fchown(fd, Some(identity.uid), Some(gid));
     let copy = |fd: &OwnedFd| fd.try_clone().context("duplicate a file descriptor");
     if process.detached {
@@ -117,16 +147,8 @@ fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Stre
         return Ok((started, Streams { stdin: copy(&nowhere)?, stdout: copy(&nowhere)?, stderr: nowhere }));
     }
     if let Some(size) = process.terminal {
-        let pty = openpty(None, None).context("open a pseudo-terminal")?;
-        for end in [&pty.master, &pty.slave] {
-            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("open a pseudo-terminal")?;
-        }
-        sys::set_window_size(pty.master.as_fd(), size).context("set the window size of the terminal")?;
-        owner(&pty.slave, TTY_GID).context("change the owner of the terminal")?;
-        let streams = Streams { stdin: copy(&pty.slave)?, stdout: copy(&pty.slave)?, stderr: pty.slave };
-        started.stdin = Some(copy(&pty.master)?).filter(|_| process.stdin);
-        started.stdout = Some(copy(&pty.master)?);
-        started.terminal = Some(pty.master);
+        let (master, streams) = open_terminal(size, identity.uid)?;
+        started.use_terminal(process, master)?;
         return Ok((started, streams));
     }
     let pipe = || -> Result<_, Failure> {
@@ -151,6 +173,27 @@ fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Stre
     Ok((started, Streams { stdin, stdout, stderr }))
 }
 
+/// Runs the program in this process. Returns only why that failed.
+pub fn run(process: &Process, identity: &Identity, streams: &Streams, program: &Program) -> (Stage, Errno) {
+    match become_process(process, identity, streams) {
+        Ok(()) => (Stage::Program, exec(&program.candidates, &program.args, &program.env)),
+        Err(failed) => failed,
+    }
+}
+
+/// Opens a terminal of the user `uid`. Returns our end, and the process's streams.
+pub fn open_terminal(size: WindowSize, uid: u32) -> Result<(OwnedFd, Streams), Failure> {
+    let copy = |fd: &OwnedFd| fd.try_clone().context("duplicate a file descriptor");
+    let pty = openpty(None, None).context("open a pseudo-terminal")?;
+    for end in [&pty.master, &pty.slave] {
+        fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("open a pseudo-terminal")?;
+    }
+    sys::set_window_size(pty.master.as_fd(), size).context("set the window size of the terminal")?;
+    fchown(&pty.slave, Some(uid), Some(TTY_GID)).context("change the owner of the terminal")?;
+    let streams = Streams { stdin: copy(&pty.slave)?, stdout: copy(&pty.slave)?, stderr: pty.slave };
+    Ok((pty.master, streams))
+}
+
 /// Turns the child into the program.
 fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> Result<(), (Stage, Errno)> {
     let at = |stage| move |error| (stage, error);
@@ -170,17 +213,23 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     }
     // As root, which can enter directories that the user cannot.
     chdir(&working_dir(process)).map_err(at(Stage::Directory))?;
-    let dropped = process.rights.dropped_capabilities;
+    let credentials = process.credentials.as_ref();
+    let dropped =
+        credentials.map_or(process.rights.dropped_capabilities, |credentials| !credentials.capabilities.bounding);
     sys::drop_capabilities(dropped).map_err(io).map_err(at(Stage::Identity))?;
     let filter = process.rights.filter.as_ref();
     let install = |filter| sys::filter_calls(filter).map_err(io).map_err(at(Stage::Filter));
     // Who may get more rights later needs CAP_SYS_ADMIN for it, which the user may not have.
     filter.filter(|_| !process.rights.no_new_privileges).map_or(Ok(()), install)?;
     let groups: Vec<Gid> = identity.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    credentials.map_or(Ok(()), |_| sys::keep_capabilities()).map_err(io).map_err(at(Stage::Identity))?;
     setgroups(&groups)
         .and_then(|()| setgid(Gid::from_raw(identity.gid)))
         .and_then(|()| setuid(Uid::from_raw(identity.uid)))
         .map_err(at(Stage::Identity))?;
+    if let Some(credentials) = credentials {
+        take_on(credentials).map_err(io).map_err(at(Stage::Identity))?;
+    }
     if process.rights.no_new_privileges {
         sys::forbid_new_privileges().map_err(io).map_err(at(Stage::Identity))?;
     }
@@ -188,6 +237,13 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     SigSet::empty().thread_set_mask().map_err(at(Stage::Session))?;
     // Last, so that the program's filter decides on as few calls of init's as possible.
     filter.filter(|_| process.rights.no_new_privileges).map_or(Ok(()), install)
+}
+
+fn take_on(credentials: &Credentials) -> std::io::Result<()> {
+    if let Some(mask) = credentials.umask {
+        umask(Mode::from_bits_truncate(mask));
+    }
+    sys::set_capabilities(credentials.capabilities)
 }
 
 /// Tries each path in order, and returns the most significant error.
@@ -223,7 +279,7 @@ fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> 
 }
 
 /// The given variables, preceded by standard ones that are missing.
-fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
+pub fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
     let mut env = Vec::new();
     let mut provide = |name: &str, value: &[u8]| {
         let start = [name.as_bytes(), b"="].concat();
@@ -231,10 +287,12 @@ fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
             env.push([&start, value].concat());
         }
     };
-    provide("PATH", FIXED_PATH.as_bytes());
-    provide("HOSTNAME", hostname.as_bytes());
-    if process.terminal.is_some() {
-        provide("TERM", b"xterm");
+    if process.credentials.is_none() {
+        provide("PATH", FIXED_PATH.as_bytes());
+        provide("HOSTNAME", hostname.as_bytes());
+        if process.terminal.is_some() {
+            provide("TERM", b"xterm");
+        }
     }
     provide("HOME", home);
     env.extend(process.env.iter().cloned());
@@ -242,7 +300,7 @@ fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// The message for a child that failed before executing its program.
-fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
+pub fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
     let name = process.args.first().map_or("".into(), |name| String::from_utf8_lossy(name));
     let dir = working_dir(process);
     let why = error.desc();
@@ -252,6 +310,10 @@ fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
                 format!("{name}: no such file or directory, or its interpreter is missing")
             }
             Errno::EACCES => format!("{name}: permission denied"),
+            // Engines look for these words.
+            Errno::ENOENT if process.credentials.is_some() => {
+                format!("exec: {name:?}: executable file not found in $PATH")
+            }
             Errno::ENOENT => format!("{name}: not found in PATH"),
             Errno::ENOEXEC => format!("{name}: exec format error"),
             _ => format!("{name}: {why}"),

@@ -20,6 +20,8 @@ pub const NEW_ROOT: &str = "/root";
 pub const UPPER_FD: i32 = 100;
 /// That of the image.
 pub const IMAGE_FD: i32 = 101;
+/// Where the share of the machine's containers is mounted.
+pub const SHARE: &str = "/share";
 const IMAGE: &str = "/image";
 const OVERLAY: &str = "/overlay";
 /// How long to wait for a driver to probe its device.
@@ -63,6 +65,14 @@ pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
             await_device(device)?;
             disk::mount_root(device, *readonly, program)?;
             keep(NEW_ROOT).map(Some)
+        }
+        Root::Share { tag } => {
+            mount_at("tmpfs", NEW_ROOT, MsFlags::empty(), "mode=755")?;
+            let share = format!("{NEW_ROOT}{SHARE}");
+            make_dir(&share)?;
+            mount_device(tag, &share, "virtiofs", MsFlags::empty(), "")
+                .context(format_args!("mount the folder {tag:?} of the host (virtiofs)"))?;
+            Ok(None)
         }
     }
 }

@@ -1,19 +1,32 @@
 //! A process and its connections to the host, for the main session and additional ones.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::Duration;
 
-use husk_protocol::{Identity, MAIN_SESSION, Overlay, Process, Renewal, Role, Run, ToGuest, ToHost};
+use husk_protocol::{Container, Identity, MAIN_SESSION, Overlay, Process, Renewal, Role, Run, ToGuest, ToHost};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
+use crate::cgroup;
 use crate::clock::{self, Clock};
 use crate::connection::{self, ControlConnection, shortened};
+use crate::contained::{self, Waiting};
+use crate::container::Member;
 use crate::errors::Failure;
 use crate::process::{self, Started};
 use crate::pump::Pump;
 use crate::report;
 use crate::sys::{self, Ended};
+
+/// What a process finds in the machine when it is started.
+#[derive(Clone, Copy)]
+pub struct World<'a> {
+    /// The machine's host name.
+    pub hostname: &'a str,
+    /// The containers.
+    pub containers: &'a [Rc<Member>],
+}
 
 /// A session. Its process starts when its streams are connected, and it ends when the host says so or disconnects.
 pub struct Session {
@@ -21,8 +34,11 @@ pub struct Session {
     control: ControlConnection,
     /// Whether it was admitted.
     admitted: bool,
-    /// The process to start when its streams are connected.
-    wanted: Option<Process>,
+    /// The process to start when its streams are connected, and the container that is to be created for it.
+    wanted: Option<(Process, Option<Box<Container>>)>,
+    /// The container of this session, and its process until it is told to go.
+    container: Option<Rc<Member>>,
+    waiting: Option<Waiting>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
@@ -46,6 +62,8 @@ impl Session {
             control,
             admitted: false,
             wanted: None,
+            container: None,
+            waiting: None,
             stdin: None,
             stdout: None,
             stderr: None,
@@ -199,10 +217,58 @@ impl Session {
         }
     }
 
+    /// Starts the process of a run, or creates its container.
+    pub fn begin(&mut self, run: &Run, hostname: &str) {
+        match &run.container {
+            None => self.start(&run.process, World { hostname, containers: &[] }),
+            Some(container) => self.create(container, &run.process),
+        }
+    }
+
+    /// The container that other processes can join, as long as its process lives.
+    pub fn container(&self) -> Option<Rc<Member>> {
+        self.container.clone().filter(|_| self.pid.is_some())
+    }
+
+    /// Creates a container whose process waits, or reports why it cannot be created.
+    fn create(&mut self, container: &Container, process: &Process) {
+        let created = contained::create(container, process).and_then(|(started, waiting)| {
+            let member = Member::new(&container.id, started.pid)?;
+            Ok((self.join_streams(started)?, waiting, member))
+        });
+        match created {
+            Ok((pid, waiting, member)) => {
+                (self.pid, self.waiting, self.container) = (Some(pid), Some(waiting), Some(Rc::new(member)));
+                self.control.say(&ToHost::Created(pid.as_raw().unsigned_abs()));
+            }
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    /// Executes the program of the container that was created.
+    fn go(&mut self) {
+        let (Some(waiting), Some(pid)) = (self.waiting.take(), self.pid) else { return };
+        match waiting.go() {
+            Ok(()) => self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs())),
+            Err(failure) => {
+                // How it exits is not how the program has ended.
+                (self.pid, self.input, self.terminal) = (None, None, None);
+                self.outputs.clear();
+                self.fail(failure);
+            }
+        }
+    }
+
     /// Starts the process, or reports why it cannot start.
-    pub fn start(&mut self, process: &Process, hostname: &str) {
-        let started = process::start(process, hostname).and_then(|started| self.join_streams(started));
-        match started {
+    fn start(&mut self, process: &Process, world: World) {
+        let started = match &process.container {
+            None => process::start(process, world.hostname),
+            Some(id) => match world.containers.iter().find(|member| member.id == *id) {
+                Some(member) => contained::start_in(member, process),
+                None => Err(Failure::new(format_args!("container {id} is not running"))),
+            },
+        };
+        match started.and_then(|started| self.join_streams(started)) {
             Ok(pid) => {
                 self.pid = Some(pid);
                 self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs()));
@@ -244,6 +310,9 @@ impl Session {
             Ended::Signaled(number) => ToHost::Signaled(number),
         });
         (self.pid, self.input, self.terminal) = (None, None, None);
+        if let Some(container) = &self.container {
+            cgroup::remove_container(&container.id);
+        }
         true
     }
 
@@ -272,14 +341,14 @@ impl Session {
     }
 
     /// Transfers what is possible without blocking, and handles messages of the host.
-    pub fn advance(&mut self, hostname: &str) {
+    pub fn advance(&mut self, world: World) {
         for pump in self.input.iter_mut().chain(self.outputs.iter_mut().map(|(_, pump)| pump)) {
             pump.advance();
         }
         while let Some(message) = self.control.next() {
             self.obey(message);
         }
-        self.start_when_complete(hostname);
+        self.start_when_complete(world);
         if self.outputs.iter().all(|(_, pump)| pump.is_done())
             && !self.told
             && let Some(end) = &self.end
@@ -293,8 +362,13 @@ impl Session {
         match message {
             ToGuest::Start(process) => {
                 let fresh = self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none();
-                self.wanted = Some(process).filter(|_| fresh);
+                self.wanted = Some((process, None)).filter(|_| fresh);
             }
+            ToGuest::Create(container, process) => {
+                let fresh = self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none();
+                self.wanted = Some((process, Some(container))).filter(|_| fresh);
+            }
+            ToGuest::Go => self.go(),
             ToGuest::Signal(number) => {
                 if let Some(pid) = self.pid {
                     // It may have just exited.
@@ -323,17 +397,20 @@ impl Session {
         }
     }
 
-    fn start_when_complete(&mut self, hostname: &str) {
+    fn start_when_complete(&mut self, world: World) {
         let there = |role| match role {
             Role::Stdin => self.stdin.is_some(),
             Role::Stdout => self.stdout.is_some(),
             Role::Stderr | Role::Control => self.stderr.is_some(),
         };
         if self.admitted
-            && self.wanted.as_ref().is_some_and(|process| streams_of(process).all(there))
-            && let Some(process) = self.wanted.take()
+            && self.wanted.as_ref().is_some_and(|(process, _)| streams_of(process).all(there))
+            && let Some((process, container)) = self.wanted.take()
         {
-            self.start(&process, hostname);
+            match container {
+                Some(container) => self.create(&container, &process),
+                None => self.start(&process, world),
+            }
         }
     }
 

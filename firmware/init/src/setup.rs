@@ -56,7 +56,9 @@ impl Prepared {
         self.take_on(&run.identity)?;
         mounts::mount_all(run, self.is_readonly)?;
         sysctl::set_all(&run.sysctls)?;
-        make_dir(process::working_dir(&run.process))?;
+        if run.container.is_none() {
+            make_dir(process::working_dir(&run.process))?;
+        }
         if self.is_readonly { root::forbid_changes() } else { Ok(()) }
     }
 

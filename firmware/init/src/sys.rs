@@ -6,7 +6,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use husk_protocol::{CallFilter, Limit, WindowSize};
+use husk_protocol::{CallFilter, Capabilities, Limit, WindowSize};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{SigHandler, Signal};
@@ -41,6 +41,65 @@ pub fn hold(dir: &str, fd: i32) -> io::Result<()> {
 pub fn fork() -> nix::Result<ForkResult> {
     // SAFETY: the only other thread (`pressure`) takes no lock, so no lock is held by another thread in the child.
     unsafe { nix::unistd::fork() }
+}
+
+/// unshare(2): `namespaces` are CLONE_NEW…. A new PID namespace is for the children.
+pub fn unshare(namespaces: u32) -> io::Result<()> {
+    // SAFETY: the call accesses no memory, and the process's own files stay its own.
+    check(unsafe { libc::unshare(namespaces as i32) })
+}
+
+/// setns(2): joins those namespaces of a process, or of a namespace's file. A PID namespace is for the children.
+pub fn join_namespaces(of: BorrowedFd, namespaces: u32) -> io::Result<()> {
+    // SAFETY: the call accesses no memory.
+    check(unsafe { libc::setns(of.as_raw_fd(), namespaces as i32) })
+}
+
+/// A descriptor of a process (pidfd_open(2)).
+pub fn open_process(pid: Pid) -> nix::Result<OwnedFd> {
+    // SAFETY: the call accesses no memory.
+    let process = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: the descriptor is new and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(process as i32) })
+}
+
+/// Sets all five sets of capabilities of this process, whose user ID is set already. The bounding set is set while it has
+/// CAP_SETPCAP, which is what it needs SECBIT_KEEP_CAPS for.
+pub fn set_capabilities(wanted: Capabilities) -> io::Result<()> {
+    /// `struct __user_cap_header_struct` and `struct __user_cap_data_struct`, version 3 (64 bits in two halves)
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    struct Half {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = Header { version: VERSION_3, pid: 0 };
+    let half = |shift: u32| Half {
+        effective: (wanted.effective >> shift) as u32,
+        permitted: (wanted.permitted >> shift) as u32,
+        inheritable: (wanted.inheritable >> shift) as u32,
+    };
+    let halves = [half(0), half(32)];
+    // SAFETY: the call reads a header and two halves from the pointers, which refer to such.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, halves.as_ptr()) } as i32)?;
+    for number in (0..u64::BITS).filter(|number| wanted.ambient >> number & 1 == 1) {
+        // What is not permitted and inheritable cannot be ambient, which runc ignores as well.
+        // SAFETY: the call accesses no memory.
+        let _ = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, number, 0, 0) };
+    }
+    Ok(())
+}
+
+/// Makes this process keep its permitted capabilities when it changes its user.
+pub fn keep_capabilities() -> io::Result<()> {
+    // SAFETY: the call accesses no memory.
+    check(unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) })
 }
 
 /// How a process ended.
@@ -172,10 +231,7 @@ pub fn accept(listener: BorrowedFd) -> nix::Result<OwnedFd> {
 
 /// A duplicate of descriptor `fd` of process `pid` (Linux 5.6 and later).
 pub fn descriptor_of(pid: Pid, fd: i32) -> nix::Result<OwnedFd> {
-    // SAFETY: the call accesses no memory.
-    let process = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
-    // SAFETY: the descriptor is new and has no other owner.
-    let process = unsafe { OwnedFd::from_raw_fd(process as i32) };
+    let process = open_process(pid)?;
     // SAFETY: the call accesses no memory.
     let duplicate = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })?;
     // SAFETY: the descriptor is new and has no other owner.

@@ -13,12 +13,14 @@
 //! Both sides treat received data as untrusted: sizes are checked before memory is allocated, and invalid data ends the
 //! session, never the process.
 
+mod container;
 pub mod frame;
 mod hello;
 mod session;
 mod spec;
 pub mod tree;
 
+pub use container::{Capabilities, Container, Credentials, Device, Mount, MountSource};
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{CallFilter, Process, Renewal, Rights, ToGuest, ToHost, WindowSize};
 pub use spec::{
@@ -54,7 +56,7 @@ pub const IDLE: &str = "idle";
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 13;
+pub const VERSION: u16 = 14;
 /// The maximum number of bytes of a stream that are on their way: written by the guest, and not yet in the host's socket.
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::container::{Container, Credentials};
 use crate::frame::Message;
 use crate::hello::Role;
 use crate::spec::{Identity, Limit, Overlay, Run};
@@ -27,6 +28,12 @@ pub struct Process {
     pub limits: Vec<Limit>,
     /// What it may do.
     pub rights: Rights,
+    /// Who it is in numbers, instead of `user`, with the environment as it is given, except that HOME is added.
+    #[serde(default)]
+    pub credentials: Option<Credentials>,
+    /// The ID of the [container](Container) that it is started in.
+    #[serde(default)]
+    pub container: Option<String>,
 }
 
 /// What a process may do, apart from what its user may.
@@ -83,6 +90,11 @@ pub enum ToGuest {
     /// Start this process; sent once, and only in a session opened by the host. It starts when the session is
     /// [admitted](ToHost::Admitted) and its streams are connected.
     Start(Process),
+    /// Create a container with this process, in a session opened by the host. It is created when the session is
+    /// [admitted](ToHost::Admitted) and the streams of the process are connected, and reported by [`ToHost::Created`].
+    Create(Box<Container>, Process),
+    /// Execute the program of the container that was created.
+    Go,
     /// Send the process this signal.
     Signal(u8),
     /// The size of the user's terminal has changed.
@@ -119,6 +131,9 @@ impl Message for ToGuest {
 pub enum ToHost {
     /// The session opened by the host is admitted: its streams may be connected.
     Admitted,
+    /// The container of this session is created. Its process has this PID, and executes its program when it is told
+    /// [to go](ToGuest::Go).
+    Created(u32),
     /// The process is running with this PID.
     Started(u32),
     /// The process did not start, for this reason; the code is the same as a shell's.

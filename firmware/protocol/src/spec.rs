@@ -4,7 +4,7 @@ use core::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Malformed, Process, VERSION};
+use crate::{Container, Malformed, Process, VERSION};
 
 /// The path of the [`Spec`].
 pub const SPEC_PATH: &str = "/spec";
@@ -38,6 +38,8 @@ pub struct Run {
     pub volumes: Vec<Vec<u8>>,
     /// The process.
     pub process: Process,
+    /// The container that the process is the first of. It is created, and then waits until it is told [to go](crate::ToGuest::Go).
+    pub container: Option<Box<Container>>,
 }
 
 /// What distinguishes a machine from others that run the same: what it is called and how it is connected.
@@ -69,6 +71,12 @@ pub enum Root {
         device: String,
         /// Whether it is mounted read-only.
         readonly: bool,
+    },
+    /// A folder of the host (virtio-fs) with the root file systems of containers and what is mounted in them. The machine's own
+    /// root is in its memory.
+    Share {
+        /// What is mounted.
+        tag: String,
     },
 }
 
@@ -234,7 +242,15 @@ mod tests {
         let path = b"/srv".to_vec();
         let share = Share { tag: "t".into(), file: Some("f".into()), path, readonly: true, copies: false, owned: true };
         let sysctls = vec![("kernel.domainname".into(), "example".into())];
-        let run = Run { identity, tmpfs, shares: vec![share], sysctls, volumes: vec![b"/data".to_vec()], process };
+        let run = Run {
+            identity,
+            tmpfs,
+            shares: vec![share],
+            sysctls,
+            volumes: vec![b"/data".to_vec()],
+            process,
+            container: None,
+        };
         let spec = Spec {
             modules: vec!["/modules/a.ko".into()],
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },

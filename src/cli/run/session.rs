@@ -31,8 +31,15 @@ pub enum Start {
         /// Whether it has a terminal.
         terminal: bool,
     },
+    /// The same in a container, where it waits until it is told to go.
+    Contained {
+        /// Whether the process reads standard input.
+        stdin: bool,
+        /// Whether it has a terminal.
+        terminal: bool,
+    },
     /// It waits for this one, with this writable layer.
-    Begin(Overlay, Run),
+    Begin(Overlay, Box<Run>),
     /// It had it when the machine was saved.
     Resume {
         /// What had arrived of its outputs.
@@ -48,6 +55,17 @@ pub enum Start {
     Wait(Save),
 }
 
+/// How a machine has ended.
+pub struct Ended {
+    /// What its init has said of its process.
+    pub process: Option<ToHost>,
+    /// Why the machine has ended.
+    pub reason: ExitReason,
+    tail: Tail,
+    /// Whether its kernel's messages were printed.
+    told_already: bool,
+}
+
 /// Runs the machine `config` until its end, and returns the exit status of its process.
 pub fn run(
     config: &MachineConfig,
@@ -57,6 +75,18 @@ pub fn run(
     signals: &SignalFd,
     timings: &Arc<Timings>,
 ) -> Result<Exit> {
+    run_until_end(config, opened, start, endpoint, signals, timings).map(Ended::exit)
+}
+
+/// The same, which reports nothing of the end.
+pub fn run_until_end(
+    config: &MachineConfig,
+    opened: (Resources, Outside),
+    start: Start,
+    endpoint: &mut ControlEndpoint,
+    signals: &SignalFd,
+    timings: &Arc<Timings>,
+) -> Result<Ended> {
     let service = endpoint.file(&format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT));
     // Left behind by a failed run.
     let _ = std::fs::remove_file(&service);
@@ -67,13 +97,20 @@ pub fn run(
         None => Endpoints::Stdio,
     };
     let (stdin, terminal) = match &start {
-        Start::Boot { stdin, terminal } | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
+        Start::Boot { stdin, terminal }
+        | Start::Contained { stdin, terminal }
+        | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
         Start::Begin(_, run) => (run.process.stdin, run.process.terminal.is_some()),
         Start::Wait(_) => (false, false),
     };
     let timings = timings.clone();
     let (mut session, save) = match &start {
         Start::Boot { .. } => (Session::new(listener, stdin, terminal, endpoints, timings.clone())?, None),
+        Start::Contained { .. } => {
+            let mut session = Session::new(listener, stdin, terminal, endpoints, timings.clone())?;
+            session.only_forward();
+            (session, None)
+        }
         Start::Resume { received, change, .. } => {
             (Session::resumed(listener, *received, terminal, change.clone(), endpoints, timings.clone())?, None)
         }
@@ -91,7 +128,28 @@ pub fn run(
     let tail = log.tail();
     let stdio = Stdio::Session { session: &mut session, takes_keys, log, save };
     let reason = supervisor::run(config, opened, timings, signals, stdio, endpoint)?;
-    Ok(exit_status(session.end(), &reason, &tail, verbose))
+    Ok(Ended { process: session.end().cloned(), reason, tail, told_already: verbose })
+}
+
+impl Ended {
+    /// The command's exit status if known, otherwise the machine's. Reports the reason of a failure.
+    pub fn exit(self) -> Exit {
+        exit_status(self.process.as_ref(), &self.reason, &self.tail, self.told_already)
+    }
+
+    /// The exit code that is recorded.
+    pub fn code(&self) -> u8 {
+        match &self.process {
+            Some(ToHost::Exited(code) | ToHost::Failed { code, .. }) => *code,
+            Some(ToHost::Signaled(number)) => number.saturating_add(128),
+            _ => Exit::NotRun.code(),
+        }
+    }
+
+    /// The machine's last messages.
+    pub fn last_words(&self) -> Vec<String> {
+        self.tail.lines(TAIL_LINES)
+    }
 }
 
 /// The command's exit status if known, otherwise the machine's. Reports the reason of a failure.
@@ -105,6 +163,7 @@ fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_alre
         }
         Some(
             ToHost::Admitted
+            | ToHost::Created(_)
             | ToHost::Started(_)
             | ToHost::AskTime
             | ToHost::Resumed { .. }

@@ -62,12 +62,11 @@ impl Session {
     pub fn beginning(
         listener: UnixListener,
         overlay: Overlay,
-        run: Run,
+        run: Box<Run>,
         endpoints: Endpoints,
         timings: Arc<Timings>,
     ) -> Result<Session> {
         let (stdin, on_terminal) = (run.process.stdin, run.process.terminal.is_some());
-        let run = Box::new(run);
         let longest = Renewal { time_ns: u64::MAX, entropy: [0; 32] };
         husk_protocol::frame::write(&ToGuest::Begin(longest, overlay.clone(), run.clone()), &mut Vec::new())
             .context("the command is too long")?;
@@ -126,6 +125,8 @@ impl Session {
             arrived: Vec::new(),
             on_terminal,
             started: false,
+            is_created: false,
+            only_forwards: false,
             change: None,
             is_changing: false,
             is_double: false,

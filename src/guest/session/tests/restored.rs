@@ -136,7 +136,7 @@ fn a_run_begins_once_in_a_machine_that_waits() {
     let run = Run { process, ..Run::default() };
     let mut host = Host::with(|listener, endpoints, timings| {
         let disk = Overlay::Disk("/dev/vdb".into());
-        Session::beginning(listener, disk, run.clone(), endpoints, timings)
+        Session::beginning(listener, disk, Box::new(run.clone()), endpoints, timings)
     });
     let mut control = host.join(Role::Control);
     host.hear(&mut control, &[ToHost::Waiting, ToHost::Waiting]);
@@ -159,7 +159,7 @@ fn a_run_that_no_message_can_hold_is_refused() {
     let listener = UnixListener::bind(dir.path().join("vsock_1024")).unwrap();
     let timings = Arc::new(Timings::new(Instant::now()));
     let run = Run { process, ..Run::default() };
-    let session = Session::beginning(listener, Overlay::Memory, run, Endpoints::Stdio, timings);
+    let session = Session::beginning(listener, Overlay::Memory, Box::new(run), Endpoints::Stdio, timings);
     let error = format!("{:#}", session.err().unwrap());
     assert!(error.starts_with("the command is too long: "), "{error}");
 }

@@ -1,0 +1,233 @@
+//! Starts a process in a container: the container's first, which creates it, or one more.
+//!
+//! The child enters the container, finds there what the process needs, and says that it is ready. It executes the program when it is
+//! told to go. It is a child of init, whose children start for a moment in the container's PID namespace.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::fchown;
+use std::os::unix::net::UnixStream;
+
+use husk_protocol::{Container, Process};
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, ForkResult, Pid, access, ttyname};
+
+use crate::container::{self, Member};
+use crate::errors::{Context, Failure};
+use crate::identity::{self, Identity};
+use crate::process::{self, Program, Stage, Started, Streams};
+use crate::root::make_dir;
+use crate::{cgroup, sys};
+
+/// The first byte that a child sends when it is ready, followed by the descriptor of its end of the terminal, or -1. Any other is
+/// an exit code, and followed by the reason.
+const READY: u8 = 0;
+const GO: u8 = 1;
+const MESSAGE_BYTES_MAX: u64 = 4096;
+
+/// A process that waits to be told to execute its program. If this is dropped, it exits.
+pub struct Waiting {
+    child: UnixStream,
+}
+
+/// What a child enters.
+enum Entrance<'a> {
+    New(&'a Container),
+    Member(&'a Member),
+}
+
+/// Creates a container with its first process.
+pub fn create(container: &Container, process: &Process) -> Result<(Started, Waiting), Failure> {
+    cgroup::create_container(container);
+    let own_pids = container.namespaces & libc::CLONE_NEWPID as u32;
+    let split = || sys::unshare(own_pids).context("create a PID namespace");
+    start(process, &Entrance::New(container), split)
+}
+
+/// Starts a process in a container. Returns when the program is running or has failed to start.
+pub fn start_in(member: &Member, process: &Process) -> Result<Started, Failure> {
+    let (started, waiting) = start(process, &Entrance::Member(member), || member.adopt_children())?;
+    waiting.go().map(|()| started)
+}
+
+fn start(
+    process: &Process,
+    entrance: &Entrance,
+    prepare_children: impl FnOnce() -> Result<(), Failure>,
+) -> Result<(Started, Waiting), Failure> {
+    let has_terminal = process.terminal.is_some();
+    let (mut started, streams) = if has_terminal {
+        // It opens it in the container.
+        (Started::bare(), None)
+    } else {
+        let (started, streams) = process::open_streams(process, &nobody())?;
+        (started, Some(streams))
+    };
+    let (ours, theirs) = UnixStream::pair().context("create a socket pair")?;
+    let own = fs::File::open("/proc/self/ns/pid").context("open init's PID namespace")?;
+    prepare_children()?;
+    let forked = sys::fork().context("fork a process");
+    let back = sys::join_namespaces(own.as_fd(), libc::CLONE_NEWPID as u32).context("return to init's PID namespace");
+    match forked? {
+        ForkResult::Child => {
+            drop(ours);
+            let failure = become_contained(process, entrance, streams, &theirs);
+            let message = failure.message.bytes().take(MESSAGE_BYTES_MAX as usize);
+            let _ = (&theirs).write_all(&std::iter::once(failure.code.max(1)).chain(message).collect::<Vec<_>>());
+            sys::leave()
+        }
+        ForkResult::Parent { child } => started.pid = child,
+    }
+    back?;
+    drop((streams, theirs));
+    let waiting = Waiting { child: ours };
+    let terminal = waiting.await_ready(started.pid)?;
+    terminal.map_or(Ok(()), |master| started.use_terminal(process, master))?;
+    Ok((started, waiting))
+}
+
+/// The owner of what the child gives to its user.
+fn nobody() -> Identity {
+    Identity { uid: 0, gid: 0, groups: Vec::new(), home: Vec::new() }
+}
+
+impl Waiting {
+    /// Waits until the child is ready. Returns our end of its terminal, if it has one.
+    fn await_ready(&self, pid: Pid) -> Result<Option<OwnedFd>, Failure> {
+        let mut answer = [0];
+        (&self.child).read_exact(&mut answer).map_err(|_| Failure::new("the process has ended before it was ready"))?;
+        if answer != [READY] {
+            return Err(self.reason(answer[0]));
+        }
+        let mut number = [0; 4];
+        (&self.child).read_exact(&mut number).context("read from the process")?;
+        match i32::from_le_bytes(number) {
+            -1 => Ok(None),
+            number => sys::descriptor_of(pid, number).context("take the process's terminal").map(Some),
+        }
+    }
+
+    /// Executes the program. Returns when it is running or has failed to start.
+    pub fn go(self) -> Result<(), Failure> {
+        // If the process has ended, its end is reported.
+        let _ = (&self.child).write_all(&[GO]);
+        let mut answer = [0];
+        match (&self.child).read_exact(&mut answer) {
+            // It closes without data when the program is executed.
+            Err(_) => Ok(()),
+            Ok(()) => Err(self.reason(answer[0])),
+        }
+    }
+
+    fn reason(&self, code: u8) -> Failure {
+        let mut message = Vec::new();
+        let _ = (&self.child).take(MESSAGE_BYTES_MAX).read_to_end(&mut message);
+        Failure { message: String::from_utf8_lossy(&message).into_owned(), code }
+    }
+}
+
+/// Turns the child into the program. Returns only why that failed.
+fn become_contained(process: &Process, entrance: &Entrance, streams: Option<Streams>, parent: &UnixStream) -> Failure {
+    let (identity, streams, program) = match prepare(process, entrance, streams, parent) {
+        Ok(prepared) => prepared,
+        Err(failure) => return failure,
+    };
+    let mut word = [0];
+    let told = { parent }.read_exact(&mut word);
+    if told.is_err() || word != [GO] {
+        sys::leave();
+    }
+    let (stage, error) = process::run(process, &identity, &streams, &program);
+    process::explain(process, Some(&stage), error)
+}
+
+fn prepare(
+    process: &Process,
+    entrance: &Entrance,
+    streams: Option<Streams>,
+    mut parent: &UnixStream,
+) -> Result<(Identity, Streams, Program), Failure> {
+    match entrance {
+        Entrance::New(container) => container::enter(container, process.terminal.is_some())?,
+        Entrance::Member(member) => member.join()?,
+    }
+    let identity = identify(process)?;
+    let program = Program::new(process, process::environment(process, "", &identity.home))?;
+    if let Some(adjustment) = process.credentials.as_ref().and_then(|credentials| credentials.oom_score_adj) {
+        // Without /proc there is no such adjustment.
+        let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
+    }
+    let dir = process::working_dir(process);
+    make_dir(&dir)?;
+    check(process, &program)?;
+    let (master, streams) = match (process.terminal, streams) {
+        (Some(size), _) => {
+            let (master, streams) = process::open_terminal(size, identity.uid)?;
+            if let (Entrance::New(_), Ok(name)) = (entrance, ttyname(&streams.stdin)) {
+                container::set_console(&name);
+            }
+            (Some(master), streams)
+        }
+        (None, Some(streams)) => {
+            for stream in [&streams.stdin, &streams.stdout, &streams.stderr] {
+                let _ = fchown(stream, Some(identity.uid), Some(identity.gid));
+            }
+            (None, streams)
+        }
+        (None, None) => return Err(Failure::new("the process has no streams")),
+    };
+    let number = master.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+    let ready = [&[READY][..], &number.to_le_bytes()].concat();
+    parent.write_all(&ready).context("report to init")?;
+    // Init takes it before it says that the process may go; it is closed by execve(2).
+    std::mem::forget(master);
+    Ok((identity, streams, program))
+}
+
+/// Who the process is, by its credentials, with the home directory that the container's files have for this user.
+fn identify(process: &Process) -> Result<Identity, Failure> {
+    let passwd = fs::read("/etc/passwd").unwrap_or_default();
+    let Some(credentials) = &process.credentials else {
+        let group = fs::read("/etc/group").unwrap_or_default();
+        let mut identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
+        identity.join(&process.rights.groups, &group).map_err(Failure::new)?;
+        return Ok(identity);
+    };
+    let (uid, gid) = (credentials.uid, credentials.gid);
+    Ok(Identity { uid, gid, groups: credentials.groups.clone(), home: identity::home_of(uid, &passwd) })
+}
+
+/// Fails if there is no such program. Who creates a container hears of it then, and not when it is started.
+fn check(process: &Process, program: &Program) -> Result<(), Failure> {
+    let mut error = Errno::ENOENT;
+    for candidate in &program.candidates {
+        match access(candidate.as_c_str(), AccessFlags::X_OK) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EACCES) => error = Errno::EACCES,
+            Err(_) => {}
+        }
+    }
+    Err(process::explain(process, Some(&Stage::Program), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_missing_is_reported_in_the_words_of_engines() {
+        let credentials = Some(husk_protocol::Credentials::default());
+        let told = |name: &str| {
+            let args = vec![name.as_bytes().to_vec()];
+            let process = Process { args, credentials: credentials.clone(), ..Process::default() };
+            let program = Program::new(&process, vec![b"PATH=/nowhere:/bin".to_vec()]).unwrap();
+            check(&process, &program).map_err(|failure| (failure.message, failure.code))
+        };
+        assert_eq!(told("sh"), Ok(()));
+        let (message, code) = told("no-such-program").unwrap_err();
+        assert_eq!((message.as_str(), code), ("exec: \"no-such-program\": executable file not found in $PATH", 127));
+        assert!(told("/no/such").unwrap_err().0.contains("no such file or directory"));
+        assert_eq!(told("/etc/passwd").unwrap_err(), ("/etc/passwd: permission denied".into(), 126));
+    }
+}

@@ -1,0 +1,234 @@
+//! Creates the namespaces and the root file system of a container, in the process that becomes its first.
+//!
+//! What lies in the machine's share is copied first, as mounts that are not attached, since nothing leads to it from the
+//! container's root. All paths of the container are then resolved there, by its own links.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+use husk_protocol::{Container, Device, Mount, MountSource};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::unistd::{Pid, chdir, pivot_root, sethostname};
+
+use crate::errors::{Context, Failure};
+use crate::root::{SHARE, make_dir, mount_at};
+use crate::{cgroup, content, report, sys, sysctl, trees};
+
+/// Where the root is mounted until it is entered.
+const NEW_ROOT: &str = "/container";
+const NONE: Option<&str> = None;
+/// The namespaces that [`Member::join`] joins.
+const NAMESPACES: u32 =
+    (libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWPID | libc::CLONE_NEWCGROUP) as u32;
+/// An option of tmpfs that is podman's: it begins with what it is mounted over.
+const COPY_UP: &str = "tmpcopyup";
+/// The device nodes of every container, with their major and minor numbers (runtime-spec, config-linux.md, "Default Devices").
+const DEVICES: [(&str, u64, u64); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+/// Its links.
+const LINKS: [(&str, &str); 5] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+];
+
+/// A container that processes can join, as long as its first process lives.
+pub struct Member {
+    /// Its ID.
+    pub id: String,
+    first: OwnedFd,
+}
+
+impl Member {
+    /// The container `id`, whose first process is `first`.
+    pub fn new(id: &str, first: Pid) -> Result<Member, Failure> {
+        Ok(Member { id: id.to_owned(), first: sys::open_process(first).context("open the container's process")? })
+    }
+
+    /// Makes the next children of this process start in the container's PID namespace.
+    pub fn adopt_children(&self) -> Result<(), Failure> {
+        let joined = sys::join_namespaces(self.first.as_fd(), libc::CLONE_NEWPID as u32);
+        joined.context(format_args!("join container {}", self.id))
+    }
+
+    /// Moves this process, whose PID is the container's already, into the container.
+    pub fn join(&self) -> Result<(), Failure> {
+        cgroup::join_container(&self.id);
+        sys::join_namespaces(self.first.as_fd(), NAMESPACES).context(format_args!("join container {}", self.id))?;
+        chdir("/").context("enter the container's root")
+    }
+}
+
+/// Makes this process, which is in a PID namespace of its own if the container is to have one, the first of `container`.
+pub fn enter(container: &Container, has_terminal: bool) -> Result<(), Failure> {
+    cgroup::join_container(&container.id);
+    let own = container.namespaces | libc::CLONE_NEWNS as u32;
+    sys::unshare(own & !(libc::CLONE_NEWPID as u32)).context("create the container's namespaces")?;
+    if !container.hostname.is_empty() {
+        sethostname(&container.hostname).context(format_args!("set the host name {:?}", container.hostname))?;
+    }
+    if !container.domainname.is_empty() {
+        fs::write("/proc/sys/kernel/domainname", &container.domainname).context("set the domain name")?;
+    }
+    sysctl::set_all(&container.sysctls)?;
+    let copies = container.mounts.iter().map(copy_source).collect::<Result<Vec<_>, _>>()?;
+    enter_root(&container.root)?;
+    for (mount, copy) in container.mounts.iter().zip(copies) {
+        attach(mount, copy).map_err(|failure| Failure {
+            message: format!("mount {}: {}", path(&mount.target).display(), failure.message),
+            ..failure
+        })?;
+    }
+    make_devices(container, has_terminal);
+    container.readonly_paths.iter().try_for_each(|path| forbid_writing(path))?;
+    container.masked_paths.iter().try_for_each(|path| mask(path))?;
+    if container.readonly {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        mount(NONE, "/", NONE, flags, NONE).context("remount the root read-only")?;
+    }
+    Ok(())
+}
+
+fn path(bytes: &[u8]) -> PathBuf {
+    Path::new("/").join(OsStr::from_bytes(bytes))
+}
+
+fn copy_source(mount: &Mount) -> Result<Option<OwnedFd>, Failure> {
+    let MountSource::Share(source) = &mount.source else { return Ok(None) };
+    let flags = MsFlags::from_bits_truncate(mount.flags);
+    let copy = trees::copy(&Path::new(SHARE).join(source), flags.contains(MsFlags::MS_REC));
+    copy.context(format_args!("find the source of {} in the machine's share", path(&mount.target).display())).map(Some)
+}
+
+fn enter_root(root: &str) -> Result<(), Failure> {
+    let what = || format!("mount the root filesystem {root}");
+    make_dir(NEW_ROOT)?;
+    let copy = trees::copy(&Path::new(SHARE).join(root), true).context(what())?;
+    trees::attach(copy.as_fd(), Path::new(NEW_ROOT)).context(what())?;
+    chdir(NEW_ROOT).context(what())?;
+    pivot_root(".", ".").context("change the root")?;
+    umount2(".", MntFlags::MNT_DETACH).context("leave the machine's root")?;
+    chdir("/").context("enter the root")
+}
+
+fn attach(mount: &Mount, copy: Option<OwnedFd>) -> Result<(), Failure> {
+    let target = path(&mount.target);
+    let flags = MsFlags::from_bits_truncate(mount.flags);
+    let MountSource::FileSystem { kind, options } = &mount.source else {
+        let Some(copy) = copy else { return Ok(()) };
+        let copy = File::from(copy);
+        make_target(&target, copy.metadata().context("read its source")?.is_dir())?;
+        trees::restrict(copy.as_fd(), flags, false).context("restrict it")?;
+        return trees::attach(copy.as_fd(), &target).context("attach it");
+    };
+    make_dir(&target)?;
+    match kind.as_str() {
+        // Version 1 has no equivalent in a machine. The kernel may support neither these nor message queues.
+        "cgroup" | "cgroup2" => {
+            let mounted = mount_at("cgroup2", &text(&target), flags, "");
+            mounted.unwrap_or_else(|failure| report::say(&failure.message));
+            Ok(())
+        }
+        "mqueue" => {
+            let mounted = mount_at("mqueue", &text(&target), flags, "");
+            mounted.unwrap_or_else(|failure| report::say(&failure.message));
+            Ok(())
+        }
+        kind => {
+            let is_copied = options.split(',').any(|option| option == COPY_UP);
+            let others: Vec<&str> = options.split(',').filter(|option| *option != COPY_UP).collect();
+            let below =
+                is_copied.then(|| trees::copy(&target, false).context("find what it begins with")).transpose()?;
+            mount_at(kind, &text(&target), flags, &others.join(","))?;
+            let below = below.map(|below| (PathBuf::from(format!("/proc/self/fd/{}", below.as_raw_fd())), below));
+            below.map_or(Ok(()), |(from, _open)| content::fill(&target, &from))
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn make_target(target: &Path, is_dir: bool) -> Result<(), Failure> {
+    if is_dir {
+        return make_dir(target);
+    }
+    if target.exists() {
+        return Ok(());
+    }
+    target.parent().map_or(Ok(()), make_dir)?;
+    File::create(target).map(drop).context(format_args!("create {}", target.display()))
+}
+
+/// Without a file system of its own, /dev is the root file system's: the host allows no device nodes there.
+fn make_devices(container: &Container, has_terminal: bool) {
+    let usual = DEVICES.map(|(name, major, minor)| (PathBuf::from("/dev").join(name), makedev(major, minor), 0o666));
+    for (path, number, mode) in usual {
+        make_device(&path, number, SFlag::S_IFCHR, mode);
+    }
+    for Device { path: named, mode, major, minor, uid, gid } in &container.devices {
+        let path = path(named);
+        let kind = SFlag::from_bits_truncate(*mode) & SFlag::S_IFMT;
+        let _ = path.parent().map(make_dir);
+        make_device(&path, makedev((*major).into(), (*minor).into()), kind, *mode);
+        let _ = chown(&path, Some(*uid), Some(*gid));
+    }
+    for (name, target) in LINKS {
+        let place = Path::new("/dev").join(name);
+        if name == "ptmx" && place.exists() {
+            let _ = fs::remove_file(&place);
+        }
+        let _ = symlink(target, place);
+    }
+    if has_terminal {
+        let _ = File::options().create(true).append(true).open("/dev/console");
+    }
+}
+
+fn make_device(path: &Path, number: u64, kind: SFlag, mode: u32) {
+    if fs::symlink_metadata(path).is_ok_and(|found| found.rdev() == number) {
+        return;
+    }
+    let permissions = Mode::from_bits_truncate(mode);
+    let before = nix::sys::stat::umask(Mode::empty());
+    let made = mknod(path, kind, permissions, number);
+    nix::sys::stat::umask(before);
+    if let Err(error) = made {
+        report::say(&format!("create device {}: {}", path.display(), error.desc()));
+    }
+}
+
+/// Makes the terminal `name` the console.
+pub fn set_console(name: &Path) {
+    if let Err(error) = mount(Some(name), "/dev/console", NONE, MsFlags::MS_BIND, NONE) {
+        report::say(&format!("mount /dev/console: {}", error.desc()));
+    }
+}
+
+fn forbid_writing(name: &[u8]) -> Result<(), Failure> {
+    let path = path(name);
+    let what = || format!("make {} read-only", path.display());
+    let Ok(copy) = trees::copy(&path, true) else { return Ok(()) };
+    trees::restrict(copy.as_fd(), MsFlags::MS_RDONLY, true).context(what())?;
+    trees::attach(copy.as_fd(), &path).context(what())
+}
+
+fn mask(name: &[u8]) -> Result<(), Failure> {
+    let path = path(name);
+    let what = || format!("mask {}", path.display());
+    match fs::metadata(&path) {
+        Err(_) => Ok(()),
+        Ok(found) if found.is_dir() => {
+            mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0k")).context(what())
+        }
+        Ok(_) => mount(Some("/dev/null"), &path, NONE, MsFlags::MS_BIND, NONE).context(what()),
+    }
+}
