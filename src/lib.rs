@@ -19,6 +19,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod oci;
 pub mod pci;
 pub mod request;
 pub mod resources;

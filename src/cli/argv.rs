@@ -10,6 +10,8 @@ use std::io::{Read, Write, stdin};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::OnceLock;
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 
 use crate::sys;
@@ -21,10 +23,16 @@ const MAX_BYTES: u64 = 8 << 20;
 
 static ARGV: OnceLock<Vec<OsString>> = OnceLock::new();
 
+/// The name by which husk is an OCI runtime.
+const OCI_NAME: &str = "husk-oci";
+
 /// Determines the arguments, without the program's name. Must be called once, before standard input is read and before
 /// other threads are started. Fails if arguments from the pipe are incomplete.
 pub fn read() -> Result<&'static [OsString]> {
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if std::env::args_os().next().is_some_and(|name| Path::new(&name).file_name() == Some(OsStr::new(OCI_NAME))) {
+        words.insert(0, "oci".into());
+    }
     if words.get(1).is_some_and(|word| word == IN_BACKGROUND) {
         let read = || -> Result<Vec<OsString>> {
             let mut handed = Vec::new();

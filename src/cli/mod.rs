@@ -42,6 +42,7 @@ pub mod merge;
 mod mounts;
 mod network;
 pub mod networks;
+mod oci;
 pub mod pause;
 pub mod port;
 pub mod prepare;
@@ -220,6 +221,8 @@ enum Command {
     Volume(volume::VolumeArgs),
     /// Manage networks
     Network(networks::Networks),
+    /// Run containers of container engines in machines, as an OCI runtime
+    Oci(Box<oci::Oci>),
     /// Benchmark machines against containers and the bare host
     Bench(bench::Bench),
     /// Check whether this host can run machines, and suggest fixes
@@ -310,6 +313,7 @@ impl Cli {
             Command::Disks(disks) => disks.run(),
             Command::Volume(volume) => volume.run(),
             Command::Network(networks) => networks.run(),
+            Command::Oci(oci) => oci.run(),
             Command::Bench(bench) => bench.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::System(system) => system.run(),

@@ -12,7 +12,7 @@ use super::exit::Exit;
 use super::{exec, images, time};
 use crate::guest::capture::{self, Captured};
 use crate::state_dir::record::now_ms;
-use crate::state_dir::{self, StateDir};
+use crate::state_dir::{self, MachineEntry, StateDir};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,19 +48,29 @@ impl Top {
             false => [vec![b"ps".to_vec()], options].concat(),
         };
         let env = inherited.env.into_iter().map(Vec::from).collect();
-        let process = Process { args, env, user: "0:0".into(), ..Process::default() };
-        let Captured { end, output, errors } =
-            capture::run(&entry.file(state_dir::VSOCK), &process, MAX_BYTES, TIMEOUT)?;
-        let text = String::from_utf8_lossy(&output);
-        match end.context("the machine does not respond")? {
-            ToHost::Exited(0) => {}
-            ToHost::Failed { code: NOT_FOUND, .. } => bail!("the image has no ps: leave its options out"),
-            ToHost::Failed { message, .. } => bail!(message),
-            _ => bail!("list the processes: {}", String::from_utf8_lossy(&errors).trim()),
-        }
-        super::print(&if by_init { table(&text, now_ms() / 1000)? } else { text.into_owned() })?;
+        let text = list(&entry, args, env)?;
+        super::print(&if by_init { table(&text, now_ms() / 1000)? } else { text })?;
         Ok(Exit::Success)
     }
+}
+
+/// What a program of a machine that lists processes prints.
+fn list(entry: &MachineEntry, args: Vec<Vec<u8>>, env: Vec<Vec<u8>>) -> Result<String> {
+    let process = Process { args, env, user: "0:0".into(), ..Process::default() };
+    let Captured { end, output, errors } = capture::run(&entry.file(state_dir::VSOCK), &process, MAX_BYTES, TIMEOUT)?;
+    match end.context("the machine does not respond")? {
+        ToHost::Exited(0) => Ok(String::from_utf8_lossy(&output).into_owned()),
+        ToHost::Failed { code: NOT_FOUND, .. } => bail!("the image has no ps: leave its options out"),
+        ToHost::Failed { message, .. } => bail!(message),
+        _ => bail!("list the processes: {}", String::from_utf8_lossy(&errors).trim()),
+    }
+}
+
+/// The processes of a machine with husk's init: their PIDs, and a list in the form of `ps -ef`.
+pub fn processes(entry: &MachineEntry) -> Result<(Vec<u32>, String)> {
+    let text = list(entry, vec![INIT_PROGRAM.into(), LIST_PROCESSES.into()], Vec::new())?;
+    let pids = text.lines().filter_map(|line| line.split('\t').nth(1)?.parse().ok()).collect();
+    Ok((pids, table(&text, now_ms() / 1000)?))
 }
 
 /// The list in the form of `ps -ef`.

@@ -24,6 +24,9 @@ pub enum Choice {
 /// Names of kernels built by scripts/kernel, best first.
 const MADE: [&str; 2] = ["micro", "stock"];
 
+/// Where kernels are that all users of a host have, after the user's own.
+const SYSTEM_DIRS: [&str; 2] = ["/usr/local/lib/husk/kernels", "/usr/lib/husk/kernels"];
+
 /// A kernel file and the location of its modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestKernel {
@@ -75,9 +78,10 @@ fn kernels_dir() -> Option<PathBuf> {
 }
 
 fn made(name: &str) -> Option<GuestKernel> {
-    let dir = kernels_dir()?.join(name);
+    let dirs = kernels_dir().into_iter().chain(SYSTEM_DIRS.map(PathBuf::from)).map(|dir| dir.join(name));
     // An ELF image needs no unpacking, so it comes first.
-    let path = ["vmlinux", "bzImage"].iter().map(|file| dir.join(file)).find(|path| path.exists())?;
+    let files = |dir: PathBuf| ["vmlinux", "bzImage"].map(|file| dir.join(file));
+    let path = dirs.flat_map(files).find(|path| path.exists())?;
     Some(GuestKernel { modules: modules_beside(&path), path })
 }
 

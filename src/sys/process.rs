@@ -1,14 +1,16 @@
-//! Setup of a child process before it executes its program.
+//! Setup of a child process before it executes its program, and what it takes over from its parent.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+
+use rustix::process::Pid;
 
 /// Makes the process enter cgroups through their open `cgroup.procs` files, and then change its root directory to
 /// `root`.
@@ -31,6 +33,23 @@ pub fn begin_in(command: &mut Command, groups: Vec<File>, root: Option<&Path>) -
     // not allocate.
     unsafe { command.pre_exec(begin) };
     Ok(())
+}
+
+/// kill(2) with any signal, including real-time signals. Does nothing if there is no such process.
+pub fn send_signal(process: Pid, signal: i32) {
+    // SAFETY: the call accesses no memory.
+    let _ = unsafe { libc::kill(process.as_raw_nonzero().get(), signal) };
+}
+
+/// Takes over the descriptor `number` that this process was started with for that purpose. To be called once for each, before
+/// anything else opens files.
+pub fn take_descriptor(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call accesses no memory.
+    check(unsafe { libc::fcntl(number, libc::F_GETFD) } as isize)?;
+    // SAFETY: it is open, since this process started, and nothing else knows of it.
+    let taken = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&taken, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(taken)
 }
 
 fn check(result: isize) -> io::Result<()> {

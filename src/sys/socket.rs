@@ -83,6 +83,11 @@ pub fn send_with_fd(socket: &UnixDatagram, bytes: &[u8], fd: BorrowedFd<'_>) -> 
     Ok(socket.send_with_fd(bytes, fd.as_raw_fd()).map(drop)?)
 }
 
+/// Sends bytes and a copy of `fd` over a stream (unix(7), SCM_RIGHTS).
+pub fn send_with_fd_over(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(stream.send_with_fd(bytes, fd.as_raw_fd()).map(drop)?)
+}
+
 /// Receives a message into `bytes`, with the descriptor sent with it, if any. Returns its length: 0 at the end.
 pub fn receive_with_fd(socket: &UnixDatagram, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let (len, file) = socket.recv_with_fd(bytes)?;

@@ -1,0 +1,257 @@
+//! `husk oci create` and `run`: check the bundle, and start the process that is the container's on the host.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use super::console;
+use super::{Flags, delete, start};
+use crate::cli::exit::Exit;
+use crate::oci::config::{self, Config};
+use crate::oci::machine::Shape;
+use crate::oci::state::{Dir, ProcessId, State, Status};
+use crate::oci::{guest, hooks, state};
+
+/// What the container's process says when its namespaces exist, and what it is answered.
+pub const PREPARED: &str = "prepared";
+pub const PROCEED: &[u8] = b"proceed\n";
+/// What it says when its container is created.
+const CREATED: &str = "created";
+/// How it begins to say why it has failed.
+pub const FAILED: &str = "failed ";
+/// How long a process that was killed may take to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    #[command(flatten)]
+    creation: Creation,
+
+    /// File to which the PID of the container's process is written
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+
+    /// Socket to which the terminal of the container is sent
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+
+    /// Accepted as other runtimes have it
+    #[arg(long, hide = true)]
+    no_pivot: bool,
+
+    /// Accepted as other runtimes have it
+    #[arg(long, hide = true)]
+    no_new_keyring: bool,
+}
+
+#[derive(Debug, Args)]
+struct Creation {
+    /// Directory with config.json and, usually, the root filesystem
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+
+    /// Number of further descriptors for the process; a machine cannot have any
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+
+    /// ID of the container
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Run {
+    #[command(flatten)]
+    creation: Creation,
+
+    /// File to which the PID of the container's process is written
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+}
+
+/// A container that was created, and its process, a child of this one.
+struct Created {
+    dir: Dir,
+    process: Child,
+}
+
+impl Create {
+    pub(super) fn run(self, flags: &Flags) -> Result<()> {
+        let terminal = |config: &Config| match (has_terminal(config), &self.console_socket) {
+            (true, None) => bail!("process.terminal is set: use --console-socket to get the terminal"),
+            (true, Some(socket)) => {
+                let size = config.process.as_ref().and_then(|process| process.console_size);
+                console::open(socket, size).map(Some)
+            }
+            (false, Some(_)) => bail!("process.terminal is not set: remove --console-socket"),
+            (false, None) => Ok(None),
+        };
+        let created = self.creation.create(flags, terminal, true)?;
+        let written = write_pid(self.pid_file.as_deref(), created.process.id());
+        written.or_else(|error| created.take_back(flags, &self.creation.id, error))
+    }
+}
+
+impl Run {
+    pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
+        let id = &self.creation.id;
+        // The container's terminal is this process's.
+        let mut created = self.creation.create(flags, |_| Ok(None), false)?;
+        let begun = write_pid(self.pid_file.as_deref(), created.process.id()).and_then(|()| start::start(flags, id));
+        if let Err(error) = begun {
+            return created.take_back(flags, id, error);
+        }
+        let status = created.process.wait().context("wait for the container")?;
+        delete::delete(flags, id, true)?;
+        let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        Ok(signal.map_or_else(|| Exit::Reported(code.unwrap_or(1)), Exit::Signal))
+    }
+}
+
+impl Creation {
+    /// Creates the container, with its terminal from `terminal`. Leaves nothing behind on an error. `leads_session` says whether its
+    /// process leaves this one's session.
+    fn create(
+        &self,
+        flags: &Flags,
+        terminal: impl FnOnce(&Config) -> Result<Option<fs::File>>,
+        leads_session: bool,
+    ) -> Result<Created> {
+        ensure!(self.preserve_fds == 0, "--preserve-fds: a machine cannot have this process's descriptors");
+        let bundle =
+            self.bundle.canonicalize().with_context(|| format!("open the bundle {}", self.bundle.display()))?;
+        let path = bundle.join(config::FILE);
+        let config = Config::read(&path)?;
+        let rootfs = check(&self.id, &config, &bundle).with_context(|| path.display().to_string())?;
+        let root = flags.root()?;
+        let dir = root.create(&self.id)?;
+        let state = State {
+            id: self.id.clone(),
+            bundle,
+            rootfs,
+            created: humantime::format_rfc3339_nanos(SystemTime::now()).to_string(),
+            annotations: config.annotations.clone(),
+            systemd_cgroup: flags.is_systemds(),
+            process: None,
+            machine: None,
+            machines: state::machines()?,
+        };
+        let begun = dir.save_config(&path).and_then(|()| dir.write(&state)).and_then(|()| {
+            let terminal = terminal(&config)?;
+            self.spawn(root.path(), terminal, leads_session)
+        });
+        let ended = begun.and_then(|(mut process, channel)| match prepare(&dir, &config, state, &process, channel) {
+            Ok(()) => Ok(process),
+            Err(error) => {
+                let _ = process.kill().and_then(|()| process.wait());
+                Err(error)
+            }
+        });
+        match ended {
+            Ok(process) => Ok(Created { dir, process }),
+            Err(error) => {
+                let _ = delete::clean_up(&dir);
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts the container's process on the host. Returns it with the connection to it.
+    fn spawn(&self, root: &Path, terminal: Option<fs::File>, leads_session: bool) -> Result<(Child, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair().context("create a socket pair")?;
+        let owns_terminal = terminal.is_some();
+        let [stdin, stdout, stderr] = console::streams(terminal)?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("husk").arg("oci").arg("--root").arg(root);
+        command.args(["supervise", &format!("--channel={}", theirs.as_raw_fd())]);
+        command.args(leads_session.then_some("--session")).args(owns_terminal.then_some("--terminal")).arg(&self.id);
+        // It is passed on by its number.
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).context("pass a descriptor")?;
+        let process =
+            command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().context("start husk for the container")?;
+        Ok((process, ours))
+    }
+}
+
+impl Created {
+    /// Undoes the creation because of `error`.
+    fn take_back<T>(mut self, flags: &Flags, id: &str, error: anyhow::Error) -> Result<T> {
+        let _ = self.process.kill().and_then(|()| self.process.wait());
+        if delete::delete(flags, id, true).is_err() {
+            let _ = delete::clean_up(&self.dir);
+        }
+        Err(error)
+    }
+}
+
+/// Checks what can be checked without a machine. Returns the path of the root file system.
+fn check(id: &str, config: &Config, bundle: &Path) -> Result<PathBuf> {
+    state::check_id(id)?;
+    ensure!(!config.root.path.as_os_str().is_empty(), "root.path is missing");
+    let rootfs = bundle.join(&config.root.path);
+    let rootfs = rootfs.canonicalize().with_context(|| format!("root.path {}", rootfs.display()))?;
+    ensure!(rootfs.is_dir(), "root.path {} is not a directory", rootfs.display());
+    let process = config.process.as_ref().context("process is missing")?;
+    guest::process(process, config.linux.seccomp.as_ref())?;
+    guest::container(id, config, bundle)?;
+    Shape::of(config)?;
+    Ok(rootfs)
+}
+
+fn has_terminal(config: &Config) -> bool {
+    config.process.as_ref().is_some_and(|process| process.terminal)
+}
+
+/// Accompanies the container's process until the container is created.
+fn prepare(dir: &Dir, config: &Config, mut state: State, process: &Child, mut channel: UnixStream) -> Result<()> {
+    state.process = Some(ProcessId::of(process.id()).context("the container's process has ended")?);
+    dir.write(&state)?;
+    let mut lines = BufReader::new(channel.try_clone()?);
+    expect(&mut lines, PREPARED)?;
+    let told = state.to_json(Status::Creating).to_string();
+    hooks::run("prestart", &config.hooks.prestart, &told)?;
+    hooks::run("createRuntime", &config.hooks.create_runtime, &told)?;
+    hooks::run("createContainer", &config.hooks.create_container, &told)?;
+    channel.write_all(PROCEED).context("tell the container's process to proceed")?;
+    expect(&mut lines, CREATED)
+}
+
+/// Reads what the container's process says. Fails if it is not `word`.
+fn expect(lines: &mut impl BufRead, word: &str) -> Result<()> {
+    let mut line = String::new();
+    lines.read_line(&mut line).context("wait for the container's process")?;
+    match line.trim_end() {
+        said if said == word => Ok(()),
+        said => match said.strip_prefix(FAILED) {
+            Some(why) => bail!("{why}"),
+            None => bail!("the container's process has ended before it was created"),
+        },
+    }
+}
+
+/// Writes a PID where an engine waits for it: completely or not at all.
+pub fn write_pid(path: Option<&Path>, pid: u32) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let next = path.with_extension(format!("{}.tmp", std::process::id()));
+    let written = fs::write(&next, pid.to_string()).and_then(|()| fs::rename(&next, path));
+    written.with_context(|| format!("write the PID to {}", path.display()))
+}
+
+/// Waits until a process that was killed has ended.
+pub fn await_end(process: ProcessId) -> Result<()> {
+    let until = std::time::Instant::now() + KILL_TIMEOUT;
+    while process.is_alive() {
+        ensure!(std::time::Instant::now() < until, "process {} does not end", process.pid);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `husk oci delete`: removes what is left of a container.
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use super::{Flags, create, kill};
+use crate::oci::cgroup::Cgroup;
+use crate::oci::hooks;
+use crate::oci::state::{Dir, Status};
+use crate::state_dir::StateDir;
+
+#[derive(Debug, Args)]
+pub(super) struct Delete {
+    /// Kill the container if it is running, and succeed if it does not exist
+    #[arg(short, long)]
+    force: bool,
+
+    /// ID of the container
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+impl Delete {
+    pub(super) fn run(self, flags: &Flags) -> Result<()> {
+        delete(flags, &self.id, self.force)
+    }
+}
+
+/// Deletes the container `id`.
+pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
+    let root = flags.root()?;
+    let (dir, state) = match root.open(id) {
+        Ok(found) => found,
+        Err(_) if force => return clean_up(&root.dir(id)),
+        Err(error) => return Err(error),
+    };
+    match state.status() {
+        // Like other runtimes: the program of one that is created has not been executed.
+        Status::Stopped | Status::Created => {}
+        _ if force => {}
+        status => bail!("cannot delete container {id} that is not stopped: {status}"),
+    }
+    if let Some(process) = state.process {
+        kill::kill_now(&state)?;
+        create::await_end(process)?;
+    }
+    let config = dir.config();
+    clean_up(&dir)?;
+    if let Ok(config) = config {
+        hooks::run_all("poststop", &config.hooks.poststop, &state.to_json(Status::Stopped).to_string());
+    }
+    Ok(())
+}
+
+/// Removes what there is of a container whose process has ended.
+pub fn clean_up(dir: &Dir) -> Result<()> {
+    let state = dir.state();
+    if let Ok(machine) = state.as_ref().map_err(drop).and_then(|state| state.machine().map_err(drop)) {
+        // Its process ends with the container's.
+        machine.await_end()?;
+    }
+    if let (Ok(state), Ok(config)) = (&state, dir.config())
+        && let Ok(Some(cgroup)) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)
+    {
+        cgroup.remove()?;
+    }
+    if let Ok(state) = state {
+        // What a process that was killed has left.
+        StateDir::at(state.machines).and_then(|machines| machines.remove_stale())?;
+    }
+    dir.remove()
+}

@@ -1,0 +1,223 @@
+//! `husk oci exec`: executes one more process in a container.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use husk_protocol::{Process, ToHost};
+
+use super::create::{FAILED, write_pid};
+use super::{Flags, console};
+use crate::cli::exit::Exit;
+use crate::console::terminal;
+use crate::guest::exec::{self, End};
+use crate::oci::config;
+use crate::oci::guest;
+use crate::oci::state::Status;
+use crate::state_dir;
+use crate::supervisor;
+use crate::sys::process::take_descriptor;
+
+/// What a process in the background says when its own is running.
+const STARTED: &str = "started";
+
+#[derive(Debug, Args)]
+pub(super) struct Exec {
+    /// File that describes the process, as `process` in config.json
+    #[arg(short, long, value_name = "FILE")]
+    process: Option<PathBuf>,
+
+    /// Return when the process is running
+    #[arg(short, long)]
+    detach: bool,
+
+    /// File to which the PID of the process that is the other's on the host is written
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+
+    /// Socket to which the terminal of the process is sent
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+
+    /// Give the process a terminal
+    #[arg(short, long)]
+    tty: bool,
+
+    /// Working directory
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<String>,
+
+    /// Set an environment variable; can be repeated
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+
+    /// User and group, by number
+    #[arg(short, long, value_name = "UID[:GID]")]
+    user: Option<String>,
+
+    /// Number of further descriptors for the process; a machine cannot have any
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+
+    /// Give the process more rights neither now nor later
+    #[arg(long)]
+    no_new_privs: bool,
+
+    /// ID of the container, followed by the program and its arguments
+    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["ID", "COMMAND"])]
+    words: Vec<String>,
+}
+
+/// What is left of a command to the process that transfers the streams.
+#[derive(Debug, Args)]
+pub(super) struct Attend {
+    /// The descriptor of the connection with the process that has started this one.
+    #[arg(long)]
+    channel: i32,
+
+    /// Whether standard input is a terminal that was opened for the process.
+    #[arg(long)]
+    terminal: bool,
+
+    /// The vsock socket of the machine.
+    #[arg(long)]
+    vsock: PathBuf,
+}
+
+impl Exec {
+    pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
+        ensure!(self.preserve_fds == 0, "--preserve-fds: a machine cannot have this process's descriptors");
+        let id = self.words.first().cloned().unwrap_or_default();
+        let (dir, state) = flags.root()?.open(&id)?;
+        match state.status() {
+            Status::Running | Status::Created => {}
+            Status::Paused => bail!("cannot exec in a paused container"),
+            Status::Creating | Status::Stopped => bail!("cannot exec in a stopped container"),
+        }
+        let config = dir.config()?;
+        let wanted = self.wanted(config.process.unwrap_or_default())?;
+        let size = wanted.console_size;
+        let mut process = guest::process(&wanted, config.linux.seccomp.as_ref())?;
+        process.container = Some(id);
+        let vsock = state.machine()?.file(state_dir::VSOCK);
+        if !self.detach && self.console_socket.is_none() {
+            write_pid(self.pid_file.as_deref(), std::process::id())?;
+            process.terminal = process.terminal.map(|size| terminal::window_size().unwrap_or(size));
+            return run(&vsock, &process, || Ok(()));
+        }
+        let terminal = match (&self.console_socket, process.terminal.is_some()) {
+            (Some(socket), true) => Some(console::open(socket, size)?),
+            (None, true) => bail!("the process has a terminal: use --console-socket to get it"),
+            (Some(_), false) => bail!("the process has no terminal: remove --console-socket"),
+            (None, false) => None,
+        };
+        self.run_in_background(&vsock, &process, terminal)
+    }
+
+    /// The process: that of the file, or the container's with the flags and another program.
+    fn wanted(&self, containers: config::Process) -> Result<config::Process> {
+        if let Some(path) = &self.process {
+            return config::Process::read(path);
+        }
+        let [_, args @ ..] = &self.words[..] else { bail!("no command given: add one after the container") };
+        ensure!(!args.is_empty(), "no command given: add one after the container");
+        let mut process = config::Process { args: args.to_vec(), terminal: self.tty, ..containers };
+        process.env.extend(self.env.iter().cloned());
+        process.no_new_privileges |= self.no_new_privs;
+        if let Some(cwd) = &self.cwd {
+            process.cwd.clone_from(cwd);
+        }
+        if let Some(user) = &self.user {
+            let (uid, gid) = user.split_once(':').unwrap_or((user, "0"));
+            let parsed = uid.parse().ok().zip(gid.parse().ok());
+            let (uid, gid) = parsed.with_context(|| format!("{user:?} is not a user: use UID or UID:GID"))?;
+            process.user = config::User { uid, gid, ..config::User::default() };
+        }
+        Ok(process)
+    }
+
+    fn run_in_background(
+        &self,
+        vsock: &std::path::Path,
+        process: &Process,
+        terminal: Option<std::fs::File>,
+    ) -> Result<Exit> {
+        let (mut ours, theirs) = UnixStream::pair().context("create a socket pair")?;
+        let owns_terminal = terminal.is_some();
+        let [stdin, stdout, stderr] = console::streams(terminal)?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("husk").args(["oci", "attend", &format!("--channel={}", theirs.as_raw_fd())]);
+        command.args(owns_terminal.then_some("--terminal")).arg("--vsock").arg(vsock);
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).context("pass a descriptor")?;
+        let mut child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().context("start husk")?;
+        drop(theirs);
+        // Its environment may be secret, and arguments are not.
+        let described = postcard::to_allocvec(process).context("describe the process")?;
+        let len_bytes = u32::try_from(described.len())?.to_le_bytes();
+        ours.write_all(&[&len_bytes[..], &described].concat()).context("describe the process")?;
+        let mut line = String::new();
+        BufReader::new(ours).read_line(&mut line).context("wait for the process")?;
+        match line.trim_end() {
+            STARTED => {}
+            said => {
+                let _ = child.kill().and_then(|()| child.wait());
+                match said.strip_prefix(FAILED) {
+                    Some(why) => bail!("{why}"),
+                    None => bail!("the process has ended before it was started"),
+                }
+            }
+        }
+        write_pid(self.pid_file.as_deref(), child.id())?;
+        if self.detach {
+            return Ok(Exit::Success);
+        }
+        let status = child.wait().context("wait for the process")?;
+        Ok(Exit::Reported(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+    }
+}
+
+impl Attend {
+    /// Runs the process, and exits as it does.
+    pub(super) fn run(self) -> Result<Exit> {
+        let mut channel = UnixStream::from(take_descriptor(self.channel)?);
+        console::lead_session(self.terminal)?;
+        let mut said = channel.try_clone()?;
+        let begun = receive(&mut channel).and_then(|process| {
+            run(&self.vsock, &process, || {
+                said.write_all(format!("{STARTED}\n").as_bytes()).context("report that the process is running")
+            })
+        });
+        begun.or_else(|error| {
+            let text = format!("{error:#}").replace('\n', " ");
+            channel.write_all(format!("{FAILED}{text}\n").as_bytes()).map(|()| Exit::Failure).or(Err(error))
+        })
+    }
+}
+
+fn receive(channel: &mut UnixStream) -> Result<Process> {
+    use std::io::Read;
+    let mut len_bytes = [0; 4];
+    channel.read_exact(&mut len_bytes)?;
+    let mut described = Vec::new();
+    channel.take(u32::from_le_bytes(len_bytes).into()).read_to_end(&mut described)?;
+    postcard::from_bytes(&described).context("read the description of the process")
+}
+
+/// Runs a process with this process's streams. Calls `started` when it is running.
+fn run(vsock: &std::path::Path, process: &Process, started: impl FnOnce() -> Result<()>) -> Result<Exit> {
+    let signals = supervisor::block_signals(true)?;
+    let connections = exec::request_start(vsock, process)?.connect()?;
+    let end = exec::run_contained(connections, &signals, process.terminal.is_some(), started)?;
+    match end {
+        End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
+        End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
+        End::Reported(ToHost::Failed { message, .. }) => bail!(message),
+        End::Reported(_) => bail!("the guest did not say how the process ended"),
+        End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
+    }
+}

@@ -1,0 +1,162 @@
+//! `husk oci`: the command line of an OCI runtime, as runc and crun have it.
+
+mod console;
+mod create;
+mod delete;
+mod exec;
+mod features;
+mod kill;
+mod list;
+mod log;
+mod pause;
+mod ps;
+mod spec;
+mod start;
+mod stats;
+mod supervise;
+mod update;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use super::exit::Exit;
+use crate::oci::state::Root;
+
+const EXAMPLES: &str = "\
+Examples:
+  podman --runtime /usr/local/bin/husk-oci run --rm alpine uname -r
+  husk oci spec                     (writes a config.json for the root filesystem in ./rootfs)
+  husk oci run -b . demo
+
+It is also called husk-oci, by a link of that name to husk. docs/oci.md shows how engines are set up.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Oci {
+    #[command(flatten)]
+    flags: Flags,
+
+    #[command(subcommand)]
+    command: OciCommand,
+}
+
+// What all commands have.
+#[derive(Debug, Args)]
+struct Flags {
+    /// Directory for the state of containers [default: husk-oci in /run or in $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR", global = true)]
+    root: Option<PathBuf>,
+
+    /// File to which errors and warnings are also written
+    #[arg(long, value_name = "FILE", global = true)]
+    log: Option<PathBuf>,
+
+    /// Format of that file: text or json
+    #[arg(long, value_name = "FORMAT", global = true, default_value = "text")]
+    log_format: log::Format,
+
+    /// Take linux.cgroupsPath as SLICE:PREFIX:NAME, and ask systemd for the cgroup
+    #[arg(long, global = true)]
+    systemd_cgroup: bool,
+
+    /// crun's form of --systemd-cgroup
+    #[arg(long, value_name = "cgroupfs|systemd|disabled", global = true, hide = true)]
+    cgroup_manager: Option<CgroupManager>,
+
+    /// Print more log messages
+    #[arg(long, global = true)]
+    debug: bool,
+
+    /// Accepted as other runtimes have it: husk finds out by itself
+    #[arg(long, value_name = "BOOL", global = true, hide = true, num_args = 0..=1, default_missing_value = "true")]
+    rootless: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CgroupManager {
+    Cgroupfs,
+    Systemd,
+    Disabled,
+}
+
+#[derive(Debug, Subcommand)]
+enum OciCommand {
+    /// Create a container, whose process waits to be started
+    Create(create::Create),
+    /// Start the process of a container
+    Start(start::Start),
+    /// Create, start and delete a container
+    Run(create::Run),
+    /// Print the state of a container
+    State(list::State),
+    /// Send the process of a container a signal
+    Kill(kill::Kill),
+    /// Delete a container
+    Delete(delete::Delete),
+    /// Execute a process in a container
+    Exec(exec::Exec),
+    /// List the processes of a container
+    Ps(ps::Ps),
+    /// List containers
+    List(list::List),
+    /// Pause a container
+    Pause(pause::Pause),
+    /// Resume a container
+    Resume(pause::Pause),
+    /// Change the limits of a container
+    Update(update::Update),
+    /// Print statistics of a container
+    Events(stats::Events),
+    /// Print what this runtime supports
+    Features(features::Features),
+    /// Write a config.json to start from
+    Spec(spec::Spec),
+    /// The process of a container on the host.
+    #[command(hide = true)]
+    Supervise(supervise::Supervise),
+    /// Transfers the streams of a process in a container.
+    #[command(hide = true)]
+    Attend(exec::Attend),
+}
+
+impl Flags {
+    fn root(&self) -> Result<Root> {
+        Root::new(self.root.clone())
+    }
+
+    /// Whether the cgroups of containers are systemd's.
+    fn is_systemds(&self) -> bool {
+        self.systemd_cgroup || self.cgroup_manager == Some(CgroupManager::Systemd)
+    }
+}
+
+impl Oci {
+    /// Executes the command.
+    pub fn run(self) -> Result<Exit> {
+        let flags = self.flags;
+        let done = |result: Result<()>| result.map(|()| Exit::Success);
+        let result = match self.command {
+            OciCommand::Create(create) => done(create.run(&flags)),
+            OciCommand::Start(start) => done(start.run(&flags)),
+            OciCommand::Run(run) => run.run(&flags),
+            OciCommand::State(state) => done(state.run(&flags)),
+            OciCommand::Kill(kill) => done(kill.run(&flags)),
+            OciCommand::Delete(delete) => done(delete.run(&flags)),
+            OciCommand::Exec(exec) => exec.run(&flags),
+            OciCommand::Ps(ps) => done(ps.run(&flags)),
+            OciCommand::List(list) => done(list.run(&flags)),
+            OciCommand::Pause(pause) => done(pause.pause(&flags)),
+            OciCommand::Resume(pause) => done(pause.resume(&flags)),
+            OciCommand::Update(update) => done(update.run(&flags)),
+            OciCommand::Events(events) => done(events.run(&flags)),
+            OciCommand::Features(features) => done(features.run()),
+            OciCommand::Spec(spec) => done(spec.run()),
+            // These report to the process that has started them.
+            OciCommand::Supervise(supervise) => return supervise.run(&flags),
+            OciCommand::Attend(attend) => return attend.run(),
+        };
+        result.inspect_err(|error| log::write(&flags, error))
+    }
+}

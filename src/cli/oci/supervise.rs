@@ -1,0 +1,268 @@
+//! The processes of a container on the host. The first is the container's for its engine: it has the container's network namespace,
+//! cgroup, streams and root directory, passes signals on, and exits as the container's process does. The second, its child, runs the
+//! machine.
+//!
+//! They are two because engines enter the namespaces of a container's process to reach its files (`podman cp`), and one that runs a
+//! machine needs the host's.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use husk_protocol::{Container, Process, ToHost};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno, FdFlags};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+
+use super::create::{FAILED, PREPARED, PROCEED};
+use super::{Flags, console};
+use crate::cli::exit::Exit;
+use crate::cli::run::machine;
+use crate::cli::run::session::{self, Ended, Start};
+use crate::config::MachineConfig;
+use crate::console::stream_log;
+use crate::exit_latch::ExitReason;
+use crate::guest::GuestSpec;
+use crate::guest::network::{InterfaceSetup, NetworkSetup};
+use crate::oci::cgroup::{self, Cgroup};
+use crate::oci::config::Config;
+use crate::oci::machine::Shape;
+use crate::oci::state::{Dir, State};
+use crate::oci::{guest, share};
+use crate::resources::guest_kernel::Choice;
+use crate::resources::{self, interface};
+use crate::state_dir::record::{Record, State as MachineState, now_ms};
+use crate::state_dir::{self, MachineDir, StateDir};
+use crate::supervisor::{self, ControlEndpoint};
+use crate::sys::SignalFd;
+use crate::sys::process::take_descriptor;
+use crate::timings::Timings;
+
+#[derive(Debug, Args)]
+pub(super) struct Supervise {
+    /// The descriptor of the connection with the process that creates the container.
+    #[arg(long)]
+    channel: RawFd,
+
+    /// Whether this process runs the machine.
+    #[arg(long)]
+    machine: bool,
+
+    /// Whether this process leaves its session.
+    #[arg(long)]
+    session: bool,
+
+    /// Whether standard input is a terminal that was opened for the container.
+    #[arg(long)]
+    terminal: bool,
+
+    id: String,
+}
+
+impl Supervise {
+    pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
+        let mut channel = UnixStream::from(take_descriptor(self.channel)?);
+        let ended = if self.machine { self.run_machine(flags, &channel) } else { self.represent(flags, &channel) };
+        match ended {
+            Ok(exit) => Ok(exit),
+            Err(error) => {
+                let text = format!("{error:#}").replace('\n', " ");
+                let said = channel.write_all(format!("{FAILED}{text}\n").as_bytes());
+                // If nobody waits for it any more, it belongs to the container's output.
+                if said.is_err() { Err(error) } else { Ok(Exit::Failure) }
+            }
+        }
+    }
+
+    /// Is the container's process for its engine.
+    fn represent(&self, flags: &Flags, channel: &UnixStream) -> Result<Exit> {
+        let signals = supervisor::block_signals(true)?;
+        if self.session {
+            console::lead_session(self.terminal)?;
+        }
+        let root = flags.root()?;
+        let (dir, state) = root.wait_for(&self.id, std::process::id())?;
+        let config = dir.config()?;
+        let (container, binds) = guest::container(&self.id, &config, &state.bundle)?;
+        enter_namespaces(&config, &state)?;
+        rustix::io::fcntl_setfd(channel, FdFlags::empty()).context("pass a descriptor")?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("husk").arg("oci").arg("--root").arg(root.path());
+        command.args(["supervise", "--machine", &format!("--channel={}", channel.as_raw_fd()), &self.id]);
+        let mut child = command.spawn().context("start husk for the machine")?;
+        rustix::io::fcntl_setfd(channel, FdFlags::CLOEXEC)?;
+        let view = share::enter(&state.rootfs, &binds, &container.mounts).context("enter the container's root");
+        if let Err(error) = view {
+            let _ = child.kill().and_then(|()| child.wait());
+            return Err(error);
+        }
+        pass_signals_on(&signals, &mut child)
+    }
+
+    fn run_machine(&self, flags: &Flags, mut channel: &UnixStream) -> Result<Exit> {
+        supervisor::block_signals(true)?;
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("PR_SET_PDEATHSIG")?;
+        let parent = rustix::process::getppid().map_or(0, |parent| parent.as_raw_nonzero().get().unsigned_abs());
+        let (dir, mut state) = flags.root()?.wait_for(&self.id, parent)?;
+        let config = dir.config()?;
+        let (container, binds) = guest::container(&self.id, &config, &state.bundle)?;
+        let process = config.process.as_ref().context("process is missing")?;
+        let process = guest::process(process, config.linux.seccomp.as_ref())?;
+        share::assemble(&dir.share(), &state.rootfs, &binds)?;
+        channel.write_all(format!("{PREPARED}\n").as_bytes()).context("report to the creator")?;
+        let mut answer = Vec::new();
+        BufReader::new(channel).read_until(b'\n', &mut answer).context("wait for the creator")?;
+        if answer != PROCEED {
+            // The creator has given up, and says why.
+            return Ok(Exit::Failure);
+        }
+        let machine_dir = StateDir::at(state.machines.clone())?.create(None)?;
+        state = State { machine: Some(machine_dir.id()), ..dir.state()? };
+        dir.write(&state)?;
+        let run = Machine { dir: &dir, config: &config, channel };
+        run.run(machine_dir, &state, container, process)
+    }
+}
+
+/// Puts this process into the container's cgroup and namespaces on the host.
+fn enter_namespaces(config: &Config, state: &State) -> Result<()> {
+    if state.systemd_cgroup && !config.linux.cgroups_path.is_empty() {
+        cgroup::start_scope(&config.linux.cgroups_path)?;
+    }
+    if let Some(cgroup) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)? {
+        cgroup.enter(&config.linux.resources)?;
+    }
+    if let Some(network) = config.namespace("network") {
+        if network.path.as_os_str().is_empty() {
+            crate::sys::namespaces::unshare(UnshareFlags::NEWNET).context("create a network namespace")?;
+        } else {
+            let what = || format!("enter the network namespace {}", network.path.display());
+            let file =
+                rustix::fs::open(&network.path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).with_context(what)?;
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).with_context(what)?;
+        }
+    }
+    Ok(())
+}
+
+/// Passes signals on to the child until it has ended, and returns how. A child's end is a signal as well.
+fn pass_signals_on(signals: &SignalFd, child: &mut Child) -> Result<Exit> {
+    let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the machine's process has no PID")?;
+    let ended = pidfd_open(id, PidfdFlags::empty()).context("watch the machine's process")?;
+    loop {
+        let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::new(&ended, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("wait for the machine's process"),
+        }
+        while let Some(signal) = signals.read().context("read a signal")? {
+            // It may just have ended.
+            crate::sys::process::send_signal(id, signal);
+        }
+        if let Some(status) = child.try_wait().context("wait for the machine's process")? {
+            let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());
+            let code = status.code().and_then(|code| u8::try_from(code).ok());
+            return Ok(signal.map_or_else(|| Exit::Reported(code.unwrap_or(1)), Exit::Signal));
+        }
+    }
+}
+
+/// The machine of a container.
+struct Machine<'a> {
+    dir: &'a Dir,
+    config: &'a Config,
+    channel: &'a UnixStream,
+}
+
+impl Machine<'_> {
+    fn run(&self, dir: MachineDir, state: &State, container: Container, process: Process) -> Result<Exit> {
+        let shape = Shape::of(self.config)?;
+        let kernel = shape.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
+        let terminal = process.terminal.is_some();
+        let mut spec = GuestSpec::with_container(self.dir.share(), container, process);
+        spec.connect(self.network()?);
+        let mut config = spec.machine_config(&kernel, shape.cpus, shape.memory_mib, &dir.file(state_dir::VSOCK), false);
+        config.cmdline = [config.cmdline, shape.cmdline].join(" ").trim().to_owned();
+        config.transport = GuestSpec::transport(shape.transport, &kernel)?;
+        config.validate()?;
+        let record = record(&dir, state, &spec, &config);
+        let mut endpoint = ControlEndpoint::open(dir, record, stream_log::DEFAULT_MAX_BYTES)?;
+        endpoint.report_creation_to(self.channel.try_clone()?);
+        let signals = supervisor::block_signals(true)?;
+        let source = machine::boot_source(&kernel, spec.initramfs(&kernel, config.virtio_bus())?)?;
+        let opened = resources::open_for(&config, source)?;
+        let timings = Arc::new(Timings::new(Instant::now()));
+        let start = Start::Contained { stdin: true, terminal };
+        let ended = session::run_until_end(&config, opened, start, &mut endpoint, &signals, &timings);
+        let was_created = endpoint.is_created();
+        let code = ended.as_ref().map_or(1, |ended| ended.code());
+        endpoint.close(code, None)?;
+        let ended = ended?;
+        match (&ended.reason, was_created) {
+            (_, false) => Err(reason(&ended)),
+            // Whoever has asked for that knows it; the streams are the container's.
+            (ExitReason::Killed(signal), true) if ended.process.is_none() => {
+                Ok(Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)))
+            }
+            (_, true) => Ok(ended.exit()),
+        }
+    }
+
+    /// The interfaces of this network namespace, unless it is the host's.
+    fn network(&self) -> Result<NetworkSetup> {
+        if self.config.namespace("network").is_none() {
+            return Ok(NetworkSetup::default());
+        }
+        let interfaces = interface::list()?.into_iter().map(InterfaceSetup::taken_over).collect();
+        Ok(NetworkSetup::new(interfaces, &[]))
+    }
+}
+
+/// Why there is no container.
+fn reason(ended: &Ended) -> anyhow::Error {
+    match &ended.process {
+        Some(ToHost::Failed { message, .. }) => anyhow::anyhow!(message.clone()),
+        _ => {
+            let last = ended.last_words().join("; ");
+            anyhow::anyhow!("the machine has ended before the container was created: {}; {last}", ended.reason)
+        }
+    }
+}
+
+fn record(dir: &MachineDir, state: &State, spec: &GuestSpec, config: &MachineConfig) -> Record {
+    Record {
+        id: dir.id(),
+        name: None,
+        pid: std::process::id(),
+        image: state.rootfs.display().to_string(),
+        image_id: None,
+        command: spec.command(),
+        created_ms: now_ms(),
+        max_retries: 0,
+        restarts_always: false,
+        log_max_bytes: None,
+        snapshot: None,
+        state: MachineState::Starting,
+        restarts: 0,
+        detached: false,
+        keep: false,
+        stop_signal: libc::SIGTERM as u8,
+        labels: [("io.husk.oci.id".to_owned(), state.id.clone())].into_iter().collect(),
+        stop_timeout_ms: None,
+        health_check: None,
+        health: None,
+        process: None,
+        identity: None,
+        mounts: Vec::new(),
+        sandbox_lacks: Vec::new(),
+        config: config.clone(),
+    }
+}

@@ -1,0 +1,84 @@
+//! `husk oci update`: changes the limits of a container.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use super::Flags;
+use crate::cli::machines;
+use crate::oci::cgroup::Cgroup;
+use crate::oci::config::Resources;
+use crate::oci::machine::memory_mib;
+use crate::oci::state::Status;
+use crate::request::{self, Request};
+
+#[derive(Debug, Args)]
+pub(super) struct Update {
+    /// File with limits as in linux.resources, `-` for standard input
+    #[arg(short, long, value_name = "FILE")]
+    resources: Option<PathBuf>,
+
+    /// Memory limit in bytes
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<i64>,
+
+    /// CPU time in each period, in microseconds
+    #[arg(long, value_name = "US", allow_negative_numbers = true)]
+    cpu_quota: Option<i64>,
+
+    /// The period, in microseconds
+    #[arg(long, value_name = "US")]
+    cpu_period: Option<u64>,
+
+    /// CPU weight relative to others, where 1024 is the default
+    #[arg(long, alias = "cpu-share", value_name = "N")]
+    cpu_shares: Option<u64>,
+
+    /// CPUs, such as 0-2,7
+    #[arg(long, value_name = "LIST")]
+    cpuset_cpus: Option<String>,
+
+    /// ID of the container
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+impl Update {
+    pub(super) fn run(self, flags: &Flags) -> Result<()> {
+        let (dir, state) = flags.root()?.open(&self.id)?;
+        ensure!(matches!(state.status(), Status::Created | Status::Running | Status::Paused), "container not running");
+        let mut resources = self.read()?;
+        resources.memory.limit = self.memory.or(resources.memory.limit);
+        let cpu = &mut resources.cpu;
+        (cpu.quota, cpu.period) = (self.cpu_quota.or(cpu.quota), self.cpu_period.or(cpu.period));
+        cpu.shares = self.cpu_shares.or(cpu.shares);
+        if let Some(cpus) = self.cpuset_cpus {
+            cpu.cpus = cpus;
+        }
+        let config = dir.config()?;
+        let cgroup = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)?;
+        if resources.memory.limit.is_some_and(|limit| limit > 0) {
+            let machine = state.machine()?;
+            // What the guest gives back, it does with the balloon; it cannot get more than it was started with.
+            let most = machine.record()?.config.memory_mib;
+            let memory_mib = Some(memory_mib(&resources).min(most));
+            let update = request::Update { memory_mib, ..request::Update::default() };
+            machines::request(&machine, &Request::Update(update))?;
+        }
+        cgroup.map_or(Ok(()), |cgroup| cgroup.limit(&resources))
+    }
+
+    fn read(&self) -> Result<Resources> {
+        let Some(path) = &self.resources else { return Ok(Resources::default()) };
+        let mut json = String::new();
+        let read = match path.to_str() {
+            Some("-") => std::io::stdin().read_to_string(&mut json).map(drop),
+            _ => std::fs::read_to_string(path).map(|text| json = text),
+        };
+        let what = || format!("read limits from {}", path.display());
+        read.with_context(what)?;
+        serde_json::from_str(&json).with_context(what)
+    }
+}

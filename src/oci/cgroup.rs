@@ -1,0 +1,232 @@
+//! The cgroup of a container on the host (runtime-spec, config-linux.md, "Control groups"): its machine's processes are in it.
+//!
+//! The engine names it: by a path below the root of each hierarchy, or with systemd by `slice:prefix:name`.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::config::Resources;
+use super::machine::{GUEST_OVERHEAD_MIB, HOST_OVERHEAD_MIB};
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// How long the kernel may take until a cgroup whose processes have ended can be removed.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The controllers of version 1 that are joined where they are mounted.
+const V1: [&str; 7] = ["memory", "cpu,cpuacct", "cpuset", "pids", "freezer", "blkio", "devices"];
+
+/// The directories of a container's cgroup: one in version 2, else one for each controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cgroup {
+    dirs: Vec<PathBuf>,
+    is_v2: bool,
+}
+
+impl Cgroup {
+    /// The cgroup that `path` names in a configuration; `None` for the one that this process is in.
+    pub fn of(path: &str, is_systemds: bool) -> Result<Option<Cgroup>> {
+        if path.is_empty() {
+            return Ok(None);
+        }
+        let relative = if is_systemds { below_slices(path)? } else { path.trim_start_matches('/').into() };
+        ensure!(
+            !relative.split('/').any(|part| matches!(part, "" | "." | "..")),
+            "linux.cgroupsPath {path:?} is not a path of a cgroup"
+        );
+        let root = Path::new(ROOT);
+        let is_v2 = root.join("cgroup.controllers").exists();
+        let dirs = if is_v2 {
+            vec![root.join(relative)]
+        } else {
+            let mounted = V1.iter().map(|name| root.join(name)).filter(|dir| dir.join("tasks").exists());
+            mounted.map(|dir| dir.join(&relative)).collect()
+        };
+        Ok(Some(Cgroup { dirs, is_v2 }))
+    }
+
+    /// Creates the cgroup, moves this process there, and limits it.
+    pub fn enter(&self, resources: &Resources) -> Result<()> {
+        for dir in &self.dirs {
+            let what = || format!("create the cgroup {}", dir.display());
+            if self.is_v2 {
+                enable_controllers(dir);
+            }
+            fs::create_dir_all(dir).with_context(what)?;
+            inherit_cpus(dir);
+        }
+        self.limit(resources)?;
+        self.dirs.iter().try_for_each(|dir| {
+            fs::write(dir.join("cgroup.procs"), "0").with_context(|| format!("enter the cgroup {}", dir.display()))
+        })
+    }
+
+    /// Sets the limits that `resources` has. Memory is that of the whole machine: the limit is raised by what the machine takes.
+    pub fn limit(&self, resources: &Resources) -> Result<()> {
+        let cpu = &resources.cpu;
+        let memory = resources.memory.limit.filter(|limit| *limit > 0).map(|limit| {
+            limit.unsigned_abs().saturating_add((GUEST_OVERHEAD_MIB + HOST_OVERHEAD_MIB) << 20).to_string()
+        });
+        let period = cpu.period.filter(|period| *period > 0).unwrap_or(100_000);
+        let quota = cpu.quota.filter(|quota| *quota > 0);
+        let cpus = Some(cpu.cpus.clone()).filter(|cpus| !cpus.is_empty());
+        let values: Vec<(&str, Option<String>)> = if self.is_v2 {
+            let shares = cpu.shares.filter(|shares| *shares > 1);
+            vec![
+                ("memory.max", memory),
+                ("cpu.max", quota.map(|quota| format!("{quota} {period}"))),
+                ("cpu.weight", shares.map(|shares| weight(shares).to_string())),
+                ("cpuset.cpus", cpus),
+            ]
+        } else {
+            vec![
+                ("memory.limit_in_bytes", memory),
+                ("cpu.cfs_period_us", quota.map(|_| period.to_string())),
+                ("cpu.cfs_quota_us", quota.map(|quota| quota.to_string())),
+                ("cpu.shares", cpu.shares.filter(|shares| *shares > 1).map(|shares| shares.to_string())),
+                ("cpuset.cpus", cpus),
+            ]
+        };
+        values.into_iter().filter_map(|(name, value)| Some((name, value?))).try_for_each(|(name, value)| {
+            let place = self.dirs.iter().map(|dir| dir.join(name)).find(|path| path.exists());
+            let place = place.with_context(|| format!("limit {name} to {value}: this host has no such controller"))?;
+            fs::write(&place, &value).with_context(|| format!("write {value} to {}", place.display()))
+        })
+    }
+
+    /// Kills what is left in the cgroup, and removes it.
+    pub fn remove(&self) -> Result<()> {
+        let until = Instant::now() + REMOVAL_TIMEOUT;
+        self.dirs.iter().try_for_each(|dir| {
+            while let Err(error) = fs::remove_dir(dir) {
+                match error.kind() {
+                    ErrorKind::NotFound => break,
+                    ErrorKind::ResourceBusy if Instant::now() < until => {
+                        processes(dir).for_each(|pid| kill_process(pid, Signal::KILL).unwrap_or_default());
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    _ => return Err(error).with_context(|| format!("remove the cgroup {}", dir.display())),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The processes in the cgroup.
+    pub fn processes(&self) -> impl Iterator<Item = Pid> {
+        self.dirs.first().into_iter().flat_map(|dir| processes(dir))
+    }
+}
+
+fn processes(dir: &Path) -> impl Iterator<Item = Pid> + use<> {
+    let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let pids: Vec<Pid> = text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect();
+    pids.into_iter()
+}
+
+/// cpu.weight for these shares, as runc and crun convert them.
+fn weight(shares: u64) -> u64 {
+    let shares = shares.clamp(2, 262_144);
+    1 + (shares - 2) * 9999 / 262_142
+}
+
+/// Lets the cgroups above `dir` have the controllers that limits need, as far as their owners allow it.
+fn enable_controllers(dir: &Path) {
+    let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|above| above.starts_with(ROOT)).collect();
+    for above in above.into_iter().rev() {
+        let _ = fs::create_dir(above);
+        for controller in ["memory", "cpu", "cpuset", "pids", "io"] {
+            let _ = fs::write(above.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
+}
+
+/// In version 1, no process can enter a cgroup before it has CPUs and memory nodes.
+fn inherit_cpus(dir: &Path) {
+    for name in ["cpuset.cpus", "cpuset.mems"] {
+        let is_empty = |dir: &Path| fs::read_to_string(dir.join(name)).is_ok_and(|text| text.trim().is_empty());
+        let missing: Vec<&Path> =
+            dir.ancestors().take_while(|above| above.starts_with(ROOT) && is_empty(above)).collect();
+        for dir in missing.into_iter().rev() {
+            let from = dir.parent().and_then(|above| fs::read_to_string(above.join(name)).ok());
+            let _ = from.map(|value| fs::write(dir.join(name), value));
+        }
+    }
+}
+
+/// `system.slice:husk:ID` is system.slice/husk-ID.scope.
+fn below_slices(path: &str) -> Result<String> {
+    let [slice, prefix, name] = path.split(':').collect::<Vec<_>>()[..] else {
+        bail!("linux.cgroupsPath {path:?}: with --systemd-cgroup it is SLICE:PREFIX:NAME");
+    };
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let stem = slice.strip_suffix(".slice").with_context(|| format!("{slice:?} is not the name of a slice"))?;
+    let mut dirs = Vec::new();
+    if stem != "-" {
+        for (at, _) in stem.match_indices('-').chain([(stem.len(), "")]) {
+            dirs.push(format!("{}.slice", stem.get(..at).unwrap_or_default()));
+        }
+    }
+    let unit = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}-{name}") };
+    let unit = if name.ends_with(".slice") { name.to_owned() } else { format!("{unit}.scope") };
+    Ok(dirs.into_iter().chain([unit]).collect::<Vec<_>>().join("/"))
+}
+
+/// Asks systemd for the scope `path` (`SLICE:PREFIX:NAME`) with this process in it, so that it leaves the cgroup to us.
+pub fn start_scope(path: &str) -> Result<()> {
+    let [slice, prefix, name] = path.split(':').collect::<Vec<_>>()[..] else { return Ok(()) };
+    let unit = if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let pid = std::process::id().to_string();
+    let mut command = Command::new("busctl");
+    if !rustix::process::geteuid().is_root() {
+        command.arg("--user");
+    }
+    command.args(["call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]);
+    command.args(["StartTransientUnit", "ssa(sv)a(sa(sv))", &unit, "fail", "3"]);
+    command.args(["PIDs", "au", "1", &pid, "Delegate", "b", "true", "Slice", "s", slice, "0"]);
+    let output = command.stdin(Stdio::null()).output().context("ask systemd for a scope: run busctl")?;
+    ensure!(
+        output.status.success(),
+        "ask systemd for the scope {unit}: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    // The job has to be done before the cgroup exists.
+    let until = Instant::now() + REMOVAL_TIMEOUT;
+    while !fs::read_to_string("/proc/self/cgroup").is_ok_and(|text| text.contains(&unit)) {
+        ensure!(Instant::now() < until, "systemd has not created the scope {unit}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scope_lies_in_its_slices() {
+        assert_eq!(below_slices("system.slice:husk:abc").unwrap(), "system.slice/husk-abc.scope");
+        assert_eq!(below_slices("a-b-c.slice:x:1").unwrap(), "a.slice/a-b.slice/a-b-c.slice/x-1.scope");
+        assert_eq!(below_slices(":husk:abc").unwrap(), "system.slice/husk-abc.scope");
+        assert_eq!(below_slices("-.slice::abc").unwrap(), "abc.scope");
+        assert!(below_slices("/a/b").is_err() && below_slices("a:b:c").is_err());
+    }
+
+    #[test]
+    fn a_cgroup_does_not_leave_its_hierarchy() {
+        assert_eq!(Cgroup::of("", false).unwrap(), None);
+        assert!(Cgroup::of("/a/../../etc", false).is_err() && Cgroup::of("a//b", false).is_err());
+        let cgroup = Cgroup::of("/machine/abc", false).unwrap().unwrap();
+        assert!(cgroup.dirs.iter().all(|dir| dir.starts_with(ROOT) && dir.ends_with("machine/abc")));
+    }
+
+    #[test]
+    fn shares_become_a_weight() {
+        assert_eq!([2, 1024, 262_144].map(weight), [1, 39, 10_000]);
+    }
+}

@@ -1,0 +1,77 @@
+//! Runs hooks (runtime-spec, config.md, "POSIX-platform Hooks"): each gets the container's state on its standard input.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use std::os::unix::process::CommandExt;
+
+use super::config::Hook;
+
+/// How often a hook with a timeout is looked at.
+const POLL: Duration = Duration::from_millis(10);
+
+/// Runs the hooks of one kind, in order, with `state`. Stops at the first that fails.
+pub fn run(kind: &str, hooks: &[Hook], state: &str) -> Result<()> {
+    hooks.iter().try_for_each(|hook| {
+        run_one(hook, state).with_context(|| format!("run the {kind} hook {}", hook.path.display()))
+    })
+}
+
+/// The same for those whose failure changes nothing.
+pub fn run_all(kind: &str, hooks: &[Hook], state: &str) {
+    for hook in hooks {
+        if let Err(error) = run_one(hook, state) {
+            log::warn!("run the {kind} hook {}: {error:#}", hook.path.display());
+        }
+    }
+}
+
+fn run_one(hook: &Hook, state: &str) -> Result<()> {
+    ensure!(hook.path.is_absolute(), "its path is not absolute");
+    let mut command = Command::new(&hook.path);
+    if let [name, args @ ..] = &hook.args[..] {
+        command.arg0(name).args(args);
+    }
+    command.env_clear().envs(hook.env.iter().filter_map(|variable| variable.split_once('=')));
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().context("start it")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A hook need not read it.
+        let _ = stdin.write_all(state.as_bytes());
+    }
+    let until = hook.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let status = loop {
+        match (child.try_wait()?, until) {
+            (Some(status), _) => break status,
+            (None, Some(until)) if Instant::now() >= until => {
+                let _ = child.kill().and_then(|()| child.wait());
+                bail!("it has not ended after {} s", hook.timeout.unwrap_or_default());
+            }
+            (None, Some(_)) => std::thread::sleep(POLL),
+            (None, None) => break child.wait()?,
+        }
+    };
+    ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hook(script: &str) -> Hook {
+        let args = ["sh", "-c", script].map(str::to_owned).to_vec();
+        Hook { path: "/bin/sh".into(), args, env: vec!["A=b".into()], timeout: Some(5) }
+    }
+
+    #[test]
+    fn a_hook_gets_the_state_and_its_own_environment() {
+        run("prestart", &[hook("read state; test \"$state$A$HOME\" = '{}b'")], "{}\n").unwrap();
+        let told = |hook: Hook| format!("{:#}", run("prestart", &[hook], "").unwrap_err());
+        assert!(told(hook("exit 3")).contains("prestart hook /bin/sh: exit status: 3"));
+        assert!(told(Hook { path: "/no/such".into(), ..Hook::default() }).contains("No such file"));
+        assert!(told(Hook { timeout: Some(0), ..hook("sleep 9") }).contains("has not ended"));
+        run_all("poststop", &[hook("exit 1"), hook("true")], "");
+    }
+}

@@ -1,0 +1,139 @@
+//! What the machine of a container is like: from the configuration's limits and annotations.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::config::{Config, Resources};
+use crate::config::{MAX_CPUS, Transport};
+
+/// The memory of a machine whose container has no limit.
+const DEFAULT_MEMORY_MIB: u64 = 512;
+/// What the guest's kernel and init take of a machine's memory, which is not the container's.
+pub const GUEST_OVERHEAD_MIB: u64 = 32;
+/// What husk's processes take on the host beside the machine's memory.
+pub const HOST_OVERHEAD_MIB: u64 = 32;
+/// The least memory of a machine, whatever its container's limit.
+const MEMORY_MIN_MIB: u64 = 64;
+/// The CFS period if a configuration has none.
+const PERIOD_US: u64 = 100_000;
+
+/// The names of annotations that only a machine has.
+pub const ANNOTATIONS: [&str; 5] =
+    ["io.husk.cpus", "io.husk.memory", "io.husk.kernel", "io.husk.cmdline", "io.husk.transport"];
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shape {
+    /// vCPUs.
+    pub cpus: u32,
+    /// Memory.
+    pub memory_mib: u64,
+    /// The kernel, by name or path; `None` is the first one that is available.
+    pub kernel: Option<PathBuf>,
+    /// Words for the kernel's command line.
+    pub cmdline: String,
+    /// How the guest finds its devices.
+    pub transport: Transport,
+}
+
+impl Shape {
+    /// The machine for `config`. Annotations come before limits.
+    pub fn of(config: &Config) -> Result<Shape> {
+        let annotation =
+            |name: &str| config.annotations.get(name).map(|value| value.trim()).filter(|value| !value.is_empty());
+        let wrong = |name: &str, what: &str| format!("annotation {name}: {what}");
+        if let Some(unknown) = config.annotations.keys().find(|name| is_unknown(name)) {
+            bail!("annotation {unknown}: it is unknown; there are {}", ANNOTATIONS.join(", "));
+        }
+        let resources = &config.linux.resources;
+        let cpus = match annotation("io.husk.cpus") {
+            Some(text) => text.parse().ok().with_context(|| wrong("io.husk.cpus", "it is not a number of vCPUs"))?,
+            None => cpus(resources),
+        };
+        ensure!((1..=MAX_CPUS).contains(&cpus), wrong("io.husk.cpus", &format!("a machine has 1 to {MAX_CPUS} vCPUs")));
+        let memory_mib = match annotation("io.husk.memory") {
+            Some(text) => text.parse().ok().with_context(|| wrong("io.husk.memory", "it is not a number of MiB"))?,
+            None => memory_mib(resources),
+        };
+        let transport = annotation("io.husk.transport").map_or(Ok(Transport::Auto), str::parse);
+        Ok(Shape {
+            cpus,
+            memory_mib,
+            kernel: annotation("io.husk.kernel").map(PathBuf::from),
+            cmdline: annotation("io.husk.cmdline").unwrap_or_default().to_owned(),
+            transport: transport.map_err(|error| anyhow::anyhow!(wrong("io.husk.transport", error)))?,
+        })
+    }
+}
+
+/// A misspelled annotation would otherwise go unnoticed.
+fn is_unknown(name: &str) -> bool {
+    name.starts_with("io.husk.") && !ANNOTATIONS.contains(&name)
+}
+
+/// As many vCPUs as can be used at once; one without a limit.
+fn cpus(resources: &Resources) -> u32 {
+    let cpu = &resources.cpu;
+    let quota = cpu.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0);
+    let by_time = quota.map(|quota| quota.div_ceil(cpu.period.filter(|period| *period > 0).unwrap_or(PERIOD_US)));
+    let by_list = count(&cpu.cpus);
+    let least = by_time.into_iter().chain(by_list).min().unwrap_or(1);
+    u32::try_from(least).unwrap_or(MAX_CPUS).clamp(1, MAX_CPUS)
+}
+
+/// The number of CPUs in a list such as `0-2,7`.
+fn count(list: &str) -> Option<u64> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        last.checked_sub(first)?.checked_add(1)
+    };
+    let parts = list.split(',').filter(|part| !part.trim().is_empty());
+    let total = parts.map(range).try_fold(0_u64, |total, count| total.checked_add(count?));
+    total.filter(|total| *total > 0)
+}
+
+/// The memory of the machine for a container with these limits.
+pub fn memory_mib(resources: &Resources) -> u64 {
+    let limit = resources.memory.limit.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
+    limit.map_or(DEFAULT_MEMORY_MIB, |limit| (limit.div_ceil(1 << 20) + GUEST_OVERHEAD_MIB).max(MEMORY_MIN_MIB))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(json: &str) -> Result<Shape> {
+        Shape::of(&Config::parse(json.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn limits_become_a_machine() {
+        let size = |resources: &str| {
+            let shape = shape(&format!("{{\"linux\":{{\"resources\":{resources}}}}}")).unwrap();
+            (shape.cpus, shape.memory_mib)
+        };
+        assert_eq!(size("{}"), (1, 512));
+        assert_eq!(size(r#"{"memory":{"limit":134217728},"cpu":{"quota":150000,"period":100000}}"#), (2, 160));
+        assert_eq!(size(r#"{"memory":{"limit":-1},"cpu":{"quota":-1,"cpus":"0-2,7"}}"#), (4, 512));
+        assert_eq!(size(r#"{"memory":{"limit":4194304},"cpu":{"quota":400000,"cpus":"1"}}"#), (1, 64));
+        assert_eq!(size(r#"{"cpu":{"quota":9000000000,"period":0,"cpus":"5-3"}}"#).0, MAX_CPUS);
+    }
+
+    #[test]
+    fn annotations_are_for_what_only_a_machine_has() {
+        let of = |name: &str, value: &str| shape(&format!("{{\"annotations\":{{\"{name}\":\"{value}\"}}}}"));
+        assert_eq!(of("io.husk.memory", "2048").unwrap().memory_mib, 2048);
+        assert_eq!(of("io.husk.cpus", "3").unwrap().cpus, 3);
+        assert_eq!(of("io.husk.transport", "pci").unwrap().transport, Transport::Pci);
+        assert_eq!(of("io.husk.kernel", "stock").unwrap().kernel, Some("stock".into()));
+        assert_eq!(of("org.example.x", "y").unwrap().cpus, 1);
+        for (name, value) in
+            [("io.husk.cpus", "0"), ("io.husk.cpus", "x"), ("io.husk.transport", "isa"), ("io.husk.cpu", "1")]
+        {
+            let told = format!("{:#}", of(name, value).unwrap_err());
+            assert!(told.starts_with(&format!("annotation {name}: ")), "{told}");
+        }
+    }
+}
