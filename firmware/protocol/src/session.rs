@@ -90,11 +90,6 @@ pub enum ToGuest {
     /// Start this process; sent once, and only in a session opened by the host. It starts when the session is
     /// [admitted](ToHost::Admitted) and its streams are connected.
     Start(Process),
-    /// Create a container with this process, in a session opened by the host. It is created when the session is
-    /// [admitted](ToHost::Admitted) and the streams of the process are connected, and reported by [`ToHost::Created`].
-    Create(Box<Container>, Process),
-    /// Execute the program of the container that was created.
-    Go,
     /// Send the process this signal.
     Signal(u8),
     /// The size of the user's terminal has changed.
@@ -119,6 +114,11 @@ pub enum ToGuest {
     /// Start the main process, with this writable layer above the image. The answer to [`ToHost::Waiting`]. A disk with that layer, and
     /// the run's shares, are devices that the guest has not seen before.
     Begin(Renewal, Overlay, Box<Run>),
+    /// Create a container with this process, in a session opened by the host. It is created when the session is
+    /// [admitted](ToHost::Admitted) and the streams of the process are connected, and reported by [`ToHost::Created`].
+    Create(Box<Container>, Process),
+    /// Execute the program of the container that was created.
+    Go,
 }
 
 impl Message for ToGuest {
@@ -131,9 +131,6 @@ impl Message for ToGuest {
 pub enum ToHost {
     /// The session opened by the host is admitted: its streams may be connected.
     Admitted,
-    /// The container of this session is created. Its process has this PID, and executes its program when it is told
-    /// [to go](ToGuest::Go).
-    Created(u32),
     /// The process is running with this PID.
     Started(u32),
     /// The process did not start, for this reason; the code is the same as a shell's.
@@ -162,6 +159,9 @@ pub enum ToHost {
     Renewed(Result<(), String>),
     /// The machine is prepared, and the main process may [begin](ToGuest::Begin).
     Waiting,
+    /// The container of this session is created. Its process has this PID, and executes its program when it is told
+    /// [to go](ToGuest::Go).
+    Created(u32),
 }
 
 impl Message for ToHost {
