@@ -256,6 +256,7 @@ impl Cli {
         let more = match &mut self.command {
             Command::Run(run) => run.take_verbosity(),
             Command::Create(create) => create.take_verbosity(),
+            Command::Oci(oci) => oci.verbosity(),
             _ => 0,
         };
         logger::init(self.verbose.saturating_add(more));

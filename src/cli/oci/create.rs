@@ -140,7 +140,7 @@ impl Creation {
             rootfs,
             created: humantime::format_rfc3339_nanos(SystemTime::now()).to_string(),
             annotations: config.annotations.clone(),
-            systemd_cgroup: flags.is_systemds(),
+            systemd_cgroup: flags.systemd_cgroup,
             process: None,
             machine: None,
             machines: state::machines()?,

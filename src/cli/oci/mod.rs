@@ -49,7 +49,7 @@ struct Flags {
     #[arg(long, value_name = "DIR", global = true)]
     root: Option<PathBuf>,
 
-    /// File to which errors and warnings are also written
+    /// File to which errors are also written
     #[arg(long, value_name = "FILE", global = true)]
     log: Option<PathBuf>,
 
@@ -61,24 +61,13 @@ struct Flags {
     #[arg(long, global = true)]
     systemd_cgroup: bool,
 
-    /// crun's form of --systemd-cgroup
-    #[arg(long, value_name = "cgroupfs|systemd|disabled", global = true, hide = true)]
-    cgroup_manager: Option<CgroupManager>,
-
-    /// Print more log messages
+    /// Print more log messages to standard error
     #[arg(long, global = true)]
     debug: bool,
 
     /// Accepted as other runtimes have it: husk finds out by itself
     #[arg(long, value_name = "BOOL", global = true, hide = true, num_args = 0..=1, default_missing_value = "true")]
     rootless: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum CgroupManager {
-    Cgroupfs,
-    Systemd,
-    Disabled,
 }
 
 #[derive(Debug, Subcommand)]
@@ -125,14 +114,14 @@ impl Flags {
     fn root(&self) -> Result<Root> {
         Root::new(self.root.clone())
     }
-
-    /// Whether the cgroups of containers are systemd's.
-    fn is_systemds(&self) -> bool {
-        self.systemd_cgroup || self.cgroup_manager == Some(CgroupManager::Systemd)
-    }
 }
 
 impl Oci {
+    /// How often `--verbose` is meant by `--debug`.
+    pub fn verbosity(&self) -> u8 {
+        2 * u8::from(self.flags.debug)
+    }
+
     /// Executes the command.
     pub fn run(self) -> Result<Exit> {
         let flags = self.flags;
