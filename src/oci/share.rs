@@ -93,7 +93,9 @@ pub fn assemble(dir: &Path, root: &Path, binds: &[Bind]) -> Result<()> {
     mount_bind_recursive(root, &rootfs).with_context(|| format!("mount the root filesystem {}", root.display()))?;
     binds.iter().try_for_each(|bind| {
         attach(bind, &dir.join(&bind.place)).with_context(|| format!("mount {}", bind.source.display()))
-    })
+    })?;
+    // The guest could otherwise fill the host's memory with names, and remove its own mount points.
+    mount_remount(dir, MountFlags::BIND | MountFlags::RDONLY | flags, "").context("make the share read-only")
 }
 
 fn attach(bind: &Bind, place: &Path) -> Result<()> {

@@ -29,6 +29,7 @@ fn a_container_lives_as_the_specification_says() {
             json!({ "memory": { "limit": 134_217_728 }, "cpu": cpu, "pids": { "limit": 50 } });
     });
     runtime.create("c").expect(0);
+    shares_only_what_is_mounted(&runtime);
     assert_eq!(runtime.status("c"), "created");
     runtime.run(&["exec", "c", "true"]).expect(0);
     assert_eq!(runtime.output(), "", "its program has not run");
@@ -59,6 +60,22 @@ fn a_container_lives_as_the_specification_says() {
     runtime.run(&["state", "c"]).fails_with("does not exist");
     assert!(!Path::new("/sys/fs/cgroup").join(&cgroup[1..]).exists());
     runtime.expect_nothing_left();
+}
+
+/// The guest can make nothing beside its root file system and its mounts, which only the machine's own processes see.
+fn shares_only_what_is_mounted(runtime: &Runtime) {
+    let pid = fs::read_to_string(runtime.path("pid")).unwrap();
+    let child = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", child.trim())).unwrap();
+    let share = runtime.path("state/c/share").display().to_string();
+    let share = mounts.lines().find(|line| line.split(' ').nth(4) == Some(&share)).unwrap();
+    assert!(share.split(' ').nth(5).unwrap().starts_with("ro,"), "{share}");
+    let own = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    assert!(own.lines().all(|line| !line.contains("state/c/share")), "{own}");
+    let names = fs::read_dir(format!("/proc/{pid}/root")).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["bin", "data", "dev", "etc", "proc", "root", "sys", "tmp"], "its root is the container's");
 }
 
 /// In version 2, which the lab has; other hosts have one directory for each controller.
