@@ -1,11 +1,14 @@
 //! Runs hooks (runtime-spec, config.md, "POSIX-platform Hooks"): each gets the container's state on its standard input.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use std::os::unix::process::CommandExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::config::Hook;
 
@@ -35,11 +38,10 @@ fn run_one(hook: &Hook, state: &str) -> Result<()> {
         command.arg0(name).args(args);
     }
     command.env_clear().envs(hook.env.iter().filter_map(|variable| variable.split_once('=')));
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().context("start it")?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read it.
-        let _ = stdin.write_all(state.as_bytes());
-    }
+    // A hook need not read it, and must not make this process wait.
+    let mut input = File::from(memfd_create("state", MemfdFlags::CLOEXEC).context("store the state")?);
+    input.write_all(state.as_bytes()).and_then(|()| input.rewind()).context("store the state")?;
+    let mut child = command.stdin(input).stdout(Stdio::null()).spawn().context("start it")?;
     let until = hook.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let status = loop {
         match (child.try_wait()?, until) {
