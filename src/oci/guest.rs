@@ -26,11 +26,10 @@ const NAMESPACES: [(&str, i32); 5] = [
     ("cgroup", libc::CLONE_NEWCGROUP),
 ];
 /// Options of mount(8) that are flags of mount(2): the bits, and whether the option sets or clears them.
-const FLAGS: [(&str, u64, bool); 25] = [
+const FLAGS: [(&str, u64, bool); 24] = [
     ("bind", libc::MS_BIND, true),
     ("rbind", libc::MS_BIND | libc::MS_REC, true),
     ("ro", libc::MS_RDONLY, true),
-    ("rro", libc::MS_RDONLY, true),
     ("rw", libc::MS_RDONLY, false),
     ("nosuid", libc::MS_NOSUID, true),
     ("suid", libc::MS_NOSUID, false),
@@ -191,6 +190,8 @@ fn options(words: &[String]) -> Result<(u64, Vec<&str>)> {
             flags = if *sets { flags | bits } else { flags & !bits };
         } else if ["idmap", "ridmap"].iter().any(|name| word.split('=').next() == Some(*name)) {
             bail!("option {word}: ID-mapped mounts are not supported");
+        } else if word == "rro" {
+            bail!("option rro: only the mount itself can be read-only (ro)");
         } else if !PROPAGATIONS.contains(&word.as_str()) {
             ensure!(!word.contains(','), "option {word:?} contains a comma");
             data.push(word.as_str());
@@ -345,6 +346,7 @@ mod tests {
             (r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#, "pid namespace"),
             (r#"{"linux":{"namespaces":[{"type":"user"}]}}"#, "user namespaces"),
             (r#"{"mounts":[{"destination":"/a","type":"bind","source":"/","options":["bind","idmap"]}]}"#, "idmap"),
+            (r#"{"mounts":[{"destination":"/a","type":"bind","source":"/","options":["rbind","rro"]}]}"#, "rro"),
             (r#"{"mounts":[{"destination":"a","type":"tmpfs"}]}"#, "not absolute"),
             (r#"{"mounts":[{"destination":"/a","type":"bind","source":"/no/such","options":[]}]}"#, "/no/such"),
             (r#"{"process":{"cwd":"/","args":[]}}"#, "process.args"),
