@@ -2,7 +2,8 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
-use rustix::process::{Signal, kill_process};
+use rustix::io::Errno;
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::Flags;
 use crate::cli::{machines, signal};
@@ -46,10 +47,12 @@ pub fn kill(state: &State, signal: u8) -> Result<()> {
 
 /// Ends the machine by killing the process that owns it, which need not answer.
 pub fn kill_now(state: &State) -> Result<()> {
-    // It was seen alive with its start time just before.
-    if let Some(pid) = state.process.filter(|process| process.is_alive()).and_then(|process| process.pid()) {
-        match kill_process(pid, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+    let Some(process) = state.process else { return Ok(()) };
+    let Some(handle) = process.pid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return Ok(()) };
+    // Looked at after it was opened: what is killed is this process, and no later one with its PID.
+    if process.is_alive() {
+        match pidfd_send_signal(handle, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => return Err(error.into()),
         }
     }
