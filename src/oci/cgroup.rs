@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::config::Resources;
-use super::machine::{GUEST_OVERHEAD_MIB, HOST_OVERHEAD_MIB};
+use super::machine::HOST_OVERHEAD_MIB;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// How long the kernel may take until a cgroup whose processes have ended can be removed.
@@ -49,30 +49,37 @@ impl Cgroup {
         Ok(Some(Cgroup { dirs, is_v2 }))
     }
 
-    /// Creates the cgroup, moves this process there, and limits it.
-    pub fn enter(&self, resources: &Resources) -> Result<()> {
+    /// Creates the cgroup, moves this process there, and limits it, for a machine with this memory. Fails if others are in it, since it
+    /// ends with the container.
+    pub fn enter(&self, resources: &Resources, memory_mib: u64) -> Result<()> {
         for dir in &self.dirs {
             let what = || format!("create the cgroup {}", dir.display());
+            let is_other = |pid: Pid| pid.as_raw_nonzero().get().unsigned_abs() != std::process::id();
+            ensure!(!processes(dir).any(is_other), "the cgroup {} is in use by other processes", dir.display());
             if self.is_v2 {
                 enable_controllers(dir);
             }
             fs::create_dir_all(dir).with_context(what)?;
             inherit_cpus(dir);
         }
-        self.limit(resources)?;
+        self.limit(resources, memory_mib)?;
         self.dirs.iter().try_for_each(|dir| {
             fs::write(dir.join("cgroup.procs"), "0").with_context(|| format!("enter the cgroup {}", dir.display()))
         })
     }
 
-    /// Sets the limits that `resources` has. Memory is that of the whole machine: the limit is raised by what the machine takes.
-    pub fn limit(&self, resources: &Resources) -> Result<()> {
+    /// Sets the limits that `resources` has; negative ones are none. Memory is that of the whole machine, which has `memory_mib`: the
+    /// limit is that and what husk takes.
+    pub fn limit(&self, resources: &Resources, memory_mib: u64) -> Result<()> {
         let cpu = &resources.cpu;
-        let memory = resources.memory.limit.filter(|limit| *limit > 0).map(|limit| {
-            limit.unsigned_abs().saturating_add((GUEST_OVERHEAD_MIB + HOST_OVERHEAD_MIB) << 20).to_string()
+        let none = if self.is_v2 { "max" } else { "-1" };
+        let memory = resources.memory.limit.filter(|limit| *limit != 0).map(|limit| match limit {
+            ..0 => none.to_owned(),
+            _ => (memory_mib.saturating_add(HOST_OVERHEAD_MIB) << 20).to_string(),
         });
         let period = cpu.period.filter(|period| *period > 0).unwrap_or(100_000);
-        let quota = cpu.quota.filter(|quota| *quota > 0);
+        let quota = cpu.quota.filter(|quota| *quota != 0);
+        let quota = quota.map(|quota| if quota < 0 { none.to_owned() } else { quota.to_string() });
         let cpus = Some(cpu.cpus.clone()).filter(|cpus| !cpus.is_empty());
         let values: Vec<(&str, Option<String>)> = if self.is_v2 {
             let shares = cpu.shares.filter(|shares| *shares > 1);
@@ -85,8 +92,8 @@ impl Cgroup {
         } else {
             vec![
                 ("memory.limit_in_bytes", memory),
-                ("cpu.cfs_period_us", quota.map(|_| period.to_string())),
-                ("cpu.cfs_quota_us", quota.map(|quota| quota.to_string())),
+                ("cpu.cfs_period_us", quota.as_ref().map(|_| period.to_string())),
+                ("cpu.cfs_quota_us", quota),
                 ("cpu.shares", cpu.shares.filter(|shares| *shares > 1).map(|shares| shares.to_string())),
                 ("cpuset.cpus", cpus),
             ]
@@ -106,6 +113,7 @@ impl Cgroup {
                 match error.kind() {
                     ErrorKind::NotFound => break,
                     ErrorKind::ResourceBusy if Instant::now() < until => {
+                        remove_children(dir);
                         processes(dir).for_each(|pid| kill_process(pid, Signal::KILL).unwrap_or_default());
                         std::thread::sleep(Duration::from_millis(5));
                     }
@@ -126,6 +134,16 @@ fn processes(dir: &Path) -> impl Iterator<Item = Pid> + use<> {
     let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     let pids: Vec<Pid> = text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect();
     pids.into_iter()
+}
+
+/// Removes what an agent in the container may have made below its cgroup, as far as it is empty.
+fn remove_children(dir: &Path) {
+    let children = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    for child in children.filter(|path| path.is_dir() && !path.is_symlink()) {
+        processes(&child).for_each(|pid| kill_process(pid, Signal::KILL).unwrap_or_default());
+        remove_children(&child);
+        let _ = fs::remove_dir(child);
+    }
 }
 
 /// cpu.weight for these shares, as runc and crun convert them.

@@ -35,6 +35,13 @@ pub fn begin_in(command: &mut Command, groups: Vec<File>, root: Option<&Path>) -
     Ok(())
 }
 
+/// Keeps all descriptors but the standard streams from programs that this process executes: those that it was started with may be
+/// another program's. Does nothing on a kernel without this call (Linux 5.11).
+pub fn keep_descriptors() {
+    // SAFETY: the call changes flags of descriptors, and accesses no memory.
+    let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
 /// kill(2) with any signal, including real-time signals. Does nothing if there is no such process.
 pub fn send_signal(process: Pid, signal: i32) {
     // SAFETY: the call accesses no memory.

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, SystemTime};
@@ -13,12 +13,13 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use super::console;
-use super::{Flags, delete, start};
+use super::{Flags, delete, start, supervise};
 use crate::cli::exit::Exit;
 use crate::oci::config::{self, Config};
 use crate::oci::machine::Shape;
 use crate::oci::state::{Dir, ProcessId, State, Status};
 use crate::oci::{guest, hooks, state};
+use crate::supervisor;
 
 /// What the container's process says when its namespaces exist, and what it is answered.
 pub const PREPARED: &str = "prepared";
@@ -103,17 +104,17 @@ impl Create {
 impl Run {
     pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
         let id = &self.creation.id;
+        // From now on none ends this process before the container is deleted.
+        let signals = supervisor::block_signals(true)?;
         // The container's terminal is this process's.
         let mut created = self.creation.create(flags, |_| Ok(None), false)?;
         let begun = write_pid(self.pid_file.as_deref(), created.process.id()).and_then(|()| start::start(flags, id));
         if let Err(error) = begun {
             return created.take_back(flags, id, error);
         }
-        let status = created.process.wait().context("wait for the container")?;
+        let exit = supervise::pass_signals_on(&signals, &mut created.process, false)?;
         delete::delete(flags, id, true)?;
-        let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());
-        let code = status.code().and_then(|code| u8::try_from(code).ok());
-        Ok(signal.map_or_else(|| Exit::Reported(code.unwrap_or(1)), Exit::Signal))
+        Ok(exit)
     }
 }
 

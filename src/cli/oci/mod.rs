@@ -124,6 +124,7 @@ impl Oci {
 
     /// Executes the command.
     pub fn run(self) -> Result<Exit> {
+        crate::sys::process::keep_descriptors();
         let flags = self.flags;
         let done = |result: Result<()>| result.map(|()| Exit::Success);
         let result = match self.command {

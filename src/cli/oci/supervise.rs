@@ -104,7 +104,7 @@ impl Supervise {
             let _ = child.kill().and_then(|()| child.wait());
             return Err(error);
         }
-        pass_signals_on(&signals, &mut child)
+        pass_signals_on(&signals, &mut child, self.session)
     }
 
     fn run_machine(&self, flags: &Flags, mut channel: &UnixStream) -> Result<Exit> {
@@ -138,7 +138,7 @@ fn enter_namespaces(config: &Config, state: &State) -> Result<()> {
         cgroup::start_scope(&config.linux.cgroups_path)?;
     }
     if let Some(cgroup) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)? {
-        cgroup.enter(&config.linux.resources)?;
+        cgroup.enter(&config.linux.resources, Shape::of(config)?.memory_mib)?;
     }
     if let Some(network) = config.namespace("network") {
         if network.path.as_os_str().is_empty() {
@@ -153,8 +153,11 @@ fn enter_namespaces(config: &Config, state: &State) -> Result<()> {
     Ok(())
 }
 
-/// Passes signals on to the child until it has ended, and returns how. A child's end is a signal as well.
-fn pass_signals_on(signals: &SignalFd, child: &mut Child) -> Result<Exit> {
+/// What a terminal sends to all processes in its foreground, so that the child has it already.
+const OF_TERMINALS: [i32; 5] = [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP, libc::SIGWINCH, libc::SIGCONT];
+
+/// Passes signals on to the child until it has ended, and returns how. `is_leader` says that nobody else has the terminal's.
+pub fn pass_signals_on(signals: &SignalFd, child: &mut Child, is_leader: bool) -> Result<Exit> {
     let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the machine's process has no PID")?;
     let ended = pidfd_open(id, PidfdFlags::empty()).context("watch the machine's process")?;
     loop {
@@ -164,8 +167,10 @@ fn pass_signals_on(signals: &SignalFd, child: &mut Child) -> Result<Exit> {
             Err(error) => return Err(error).context("wait for the machine's process"),
         }
         while let Some(signal) = signals.read().context("read a signal")? {
-            // It may just have ended.
-            crate::sys::process::send_signal(id, signal);
+            if is_leader || !OF_TERMINALS.contains(&signal) {
+                // It may just have ended.
+                crate::sys::process::send_signal(id, signal);
+            }
         }
         if let Some(status) = child.try_wait().context("wait for the machine's process")? {
             let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());

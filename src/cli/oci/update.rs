@@ -20,11 +20,11 @@ pub(super) struct Update {
     #[arg(short, long, value_name = "FILE")]
     resources: Option<PathBuf>,
 
-    /// Memory limit in bytes
-    #[arg(long, value_name = "BYTES")]
+    /// Memory limit in bytes; -1 is what the machine was started with
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
     memory: Option<i64>,
 
-    /// CPU time in each period, in microseconds
+    /// CPU time in each period, in microseconds; -1 is unlimited
     #[arg(long, value_name = "US", allow_negative_numbers = true)]
     cpu_quota: Option<i64>,
 
@@ -59,15 +59,16 @@ impl Update {
         }
         let config = dir.config()?;
         let cgroup = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)?;
-        if resources.memory.limit.is_some_and(|limit| limit > 0) {
-            let machine = state.machine()?;
-            // What the guest gives back, it does with the balloon; it cannot get more than it was started with.
-            let most = machine.record()?.config.memory_mib;
-            let memory_mib = Some(memory_mib(&resources).min(most));
+        let machine = state.machine()?;
+        // The guest gives memory back with the balloon, and gets no more than it was started with.
+        let most = machine.record()?.config.memory_mib;
+        let limit = resources.memory.limit.filter(|limit| *limit != 0);
+        let memory_mib = limit.map(|limit| if limit < 0 { most } else { memory_mib(&resources).min(most) });
+        if memory_mib.is_some() {
             let update = request::Update { memory_mib, ..request::Update::default() };
             machines::request(&machine, &Request::Update(update))?;
         }
-        cgroup.map_or(Ok(()), |cgroup| cgroup.limit(&resources))
+        cgroup.map_or(Ok(()), |cgroup| cgroup.limit(&resources, memory_mib.unwrap_or(most)))
     }
 
     fn read(&self) -> Result<Resources> {
