@@ -6,7 +6,7 @@ use clap::Args;
 use super::{Flags, create, kill};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::hooks;
-use crate::oci::state::{Dir, Status};
+use crate::oci::state::{self, Dir, Status};
 use crate::state_dir::StateDir;
 
 #[derive(Debug, Args)]
@@ -28,6 +28,8 @@ impl Delete {
 
 /// Deletes the container `id`.
 pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
+    // It becomes a path, and what is there is removed even if it is damaged.
+    state::check_id(id)?;
     let root = flags.root()?;
     let (dir, state) = match root.open(id) {
         Ok(found) => found,
@@ -69,4 +71,32 @@ pub fn clean_up(dir: &Dir) -> Result<()> {
         StateDir::at(state.machines).and_then(|machines| machines.remove_stale())?;
     }
     dir.remove()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        flags: Flags,
+    }
+
+    #[test]
+    fn only_what_is_in_the_root_is_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = dir.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        let root = dir.path().join("root");
+        let flags = Line::try_parse_from(["husk", "--root", root.to_str().unwrap()]).unwrap().flags;
+        for id in ["../outside", outside.to_str().unwrap(), "..", ""] {
+            let told = delete(&flags, id, true).unwrap_err().to_string();
+            assert!(told.starts_with("invalid container ID"), "{told}");
+        }
+        assert!(outside.is_dir());
+        delete(&flags, "none", true).unwrap();
+    }
 }
