@@ -42,7 +42,7 @@ fn run_one(hook: &Hook, state: &str) -> Result<()> {
     let mut input = File::from(memfd_create("state", MemfdFlags::CLOEXEC).context("store the state")?);
     input.write_all(state.as_bytes()).and_then(|()| input.rewind()).context("store the state")?;
     let mut child = command.stdin(input).stdout(Stdio::null()).spawn().context("start it")?;
-    let until = hook.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let until = hook.timeout.and_then(|seconds| Instant::now().checked_add(Duration::from_secs(seconds)));
     let status = loop {
         match (child.try_wait()?, until) {
             (Some(status), _) => break status,
@@ -74,6 +74,8 @@ mod tests {
         assert!(told(hook("exit 3")).contains("prestart hook /bin/sh: exit status: 3"));
         assert!(told(Hook { path: "/no/such".into(), ..Hook::default() }).contains("No such file"));
         assert!(told(Hook { timeout: Some(0), ..hook("sleep 9") }).contains("has not ended"));
+        run("prestart", &[Hook { timeout: Some(u64::MAX), ..hook("true") }], "").unwrap();
+        run("prestart", &[hook("true")], &"x".repeat(1 << 20)).unwrap();
         run_all("poststop", &[hook("exit 1"), hook("true")], "");
     }
 }
