@@ -53,13 +53,21 @@ impl Cgroup {
     /// ends with the container.
     pub fn enter(&self, resources: &Resources, memory_mib: u64) -> Result<()> {
         for dir in &self.dirs {
-            let what = || format!("create the cgroup {}", dir.display());
             let is_other = |pid: Pid| pid.as_raw_nonzero().get().unsigned_abs() != std::process::id();
             ensure!(!processes(dir).any(is_other), "the cgroup {} is in use by other processes", dir.display());
+        }
+        self.try_enter(resources, memory_mib).inspect_err(|_| {
+            // This process is in none yet, unless systemd has made it, which removes it then.
+            self.dirs.iter().for_each(|dir| drop(fs::remove_dir(dir)));
+        })
+    }
+
+    fn try_enter(&self, resources: &Resources, memory_mib: u64) -> Result<()> {
+        for dir in &self.dirs {
             if self.is_v2 {
                 enable_controllers(dir);
             }
-            fs::create_dir_all(dir).with_context(what)?;
+            fs::create_dir_all(dir).with_context(|| format!("create the cgroup {}", dir.display()))?;
             inherit_cpus(dir);
         }
         self.limit(resources, memory_mib)?;

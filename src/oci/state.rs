@@ -56,6 +56,8 @@ pub struct State {
     pub annotations: BTreeMap<String, String>,
     /// Whether its cgroup is systemd's.
     pub systemd_cgroup: bool,
+    /// Whether it has entered its cgroup, which then ends with it.
+    pub has_cgroup: bool,
     /// Its process on the host, once there is one.
     pub process: Option<ProcessId>,
     /// The ID of its machine, once there is one.
@@ -314,6 +316,7 @@ mod tests {
             created: "2024-01-01T00:00:00Z".into(),
             annotations: BTreeMap::new(),
             systemd_cgroup: false,
+            has_cgroup: false,
             process: None,
             machine: None,
             machines: "/run/husk".into(),

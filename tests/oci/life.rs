@@ -35,6 +35,8 @@ fn a_container_lives_as_the_specification_says() {
     assert_eq!(runtime.output(), "", "its program has not run");
     assert!(Path::new(&format!("/proc/{}", fs::read_to_string(runtime.path("pid")).unwrap())).exists());
     runtime.run(&["create", "c"]).fails_with("already exists");
+    let other = runtime.run(&["create", "other"]);
+    other.fails_with("in use by other processes");
     runtime.run(&["start", "c"]).expect(0);
     runtime.await_output("up\n0\n");
     assert_eq!(runtime.status("c"), "running");
@@ -51,6 +53,7 @@ fn a_container_lives_as_the_specification_says() {
     assert_eq!(runtime.status("c"), "paused");
     runtime.run(&["resume", "c"]).expect(0);
     runtime.run(&["update", "--memory", "100000000", "--cpu-quota", "50000", "c"]).expect(0);
+    runtime.run(&["update", "--memory", "-1", "--cpu-quota", "-1", "c"]).expect(0);
     runtime.run(&["kill", "c", "TERM"]).expect(0);
     runtime.await_status("c", "stopped");
     assert!(runtime.output().ends_with("term\n"), "{}", runtime.output());

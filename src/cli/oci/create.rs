@@ -142,6 +142,7 @@ impl Creation {
             created: humantime::format_rfc3339_nanos(SystemTime::now()).to_string(),
             annotations: config.annotations.clone(),
             systemd_cgroup: flags.systemd_cgroup,
+            has_cgroup: false,
             process: None,
             machine: None,
             machines: state::machines()?,

@@ -62,6 +62,7 @@ pub fn clean_up(dir: &Dir) -> Result<()> {
         machine.await_end()?;
     }
     if let (Ok(state), Ok(config)) = (&state, dir.config())
+        && state.has_cgroup
         && let Ok(Some(cgroup)) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)
     {
         cgroup.remove()?;

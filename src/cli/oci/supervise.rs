@@ -92,7 +92,7 @@ impl Supervise {
         let (dir, state) = root.wait_for(&self.id, std::process::id())?;
         let config = dir.config()?;
         let (container, binds) = guest::container(&self.id, &config, &state.bundle)?;
-        enter_namespaces(&config, &state)?;
+        enter_namespaces(&config, &dir, state.clone())?;
         rustix::io::fcntl_setfd(channel, FdFlags::empty()).context("pass a descriptor")?;
         let mut command = Command::new("/proc/self/exe");
         command.arg0("husk").arg("oci").arg("--root").arg(root.path());
@@ -133,12 +133,13 @@ impl Supervise {
 }
 
 /// Puts this process into the container's cgroup and namespaces on the host.
-fn enter_namespaces(config: &Config, state: &State) -> Result<()> {
+fn enter_namespaces(config: &Config, dir: &Dir, state: State) -> Result<()> {
     if state.systemd_cgroup && !config.linux.cgroups_path.is_empty() {
         cgroup::start_scope(&config.linux.cgroups_path)?;
     }
     if let Some(cgroup) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)? {
         cgroup.enter(&config.linux.resources, Shape::of(config)?.memory_mib)?;
+        dir.write(&State { has_cgroup: true, ..state })?;
     }
     if let Some(network) = config.namespace("network") {
         if network.path.as_os_str().is_empty() {
