@@ -388,6 +388,11 @@ mod tests {
             // One that is not given back leads nowhere when its tap device is gone, and is replaced.
             std::mem::forget(take_over("own", &name).unwrap());
             drop(tap);
+            // A process that another test has started may have it for a moment longer.
+            while fs::read_to_string("/proc/thread-self/net/dev").unwrap().contains(&format!("{name}:")) {
+                assert!(started.elapsed() < 2 * TIMEOUT, "the tap device stays");
+                thread::sleep(Duration::from_millis(1));
+            }
             let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
             let name = sys::net::attach_tap(&tap, "husktap%d", HEADER_BYTES, false).unwrap();
             drop(take_over("own", &name).unwrap());
