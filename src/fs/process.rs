@@ -38,6 +38,9 @@ pub const KNOWN_BYTES_MAX: u64 = 64 << 20;
 /// How long a server may take to save that. It makes some system calls for each file that the guest knows.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long tests wait for a server to start.
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// A server process. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Process {
@@ -149,7 +152,10 @@ impl Starting {
     pub fn finish(self) -> Result<(Ends, Process)> {
         let Starting { process, ends, mut lacks } = self;
         let mut report = vec![0; REPORT_BYTES_MAX];
+        // The copy of a test program, which has several threads, may have a lock that nobody releases: it fails then, and is run again.
+        ends.socket.set_read_timeout(cfg!(test).then_some(TEST_TIMEOUT))?;
         let len = ends.socket.recv(&mut report).context("wait for the server")?;
+        ends.socket.set_read_timeout(None)?;
         let text = String::from_utf8_lossy(report.get(..len).unwrap_or_default()).into_owned();
         let what = || format!("share {}", process.name);
         match report.get(..len) {
