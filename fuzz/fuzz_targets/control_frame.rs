@@ -65,7 +65,7 @@ fn write_seeds() {
     let run = Box::new(Run { identity: identity.clone(), process: process.clone(), ..Run::default() });
     let renew = ToGuest::Renew { renewal: renewal.clone(), identity: Box::new(identity), cut: true };
     let begin = ToGuest::Begin(renewal, Overlay::Disk("/dev/vdb".into()), run);
-    for message in [ToGuest::Start(process), ToGuest::Signal(15), renew, begin, ToGuest::Finish] {
+    for message in [ToGuest::Start(Box::new(process)), ToGuest::Signal(15), renew, begin, ToGuest::Finish] {
         frame::write(&message, &mut guest).expect("it fits");
     }
     let hello = Hello { session: 1, role: Role::Stdin }.to_bytes().to_vec();

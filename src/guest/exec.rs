@@ -69,7 +69,7 @@ pub fn request_start<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<
     let id = u64::from_le_bytes(id) | 1;
     let mut control = connect(vsock, Hello { session: id, role: Role::Control }, deadline)?;
     let mut start = Vec::new();
-    frame::write(&ToGuest::Start(process.clone()), &mut start).context("describe the process")?;
+    frame::write(&ToGuest::Start(Box::new(process.clone())), &mut start).context("describe the process")?;
     control.write_all(&start).context("send the process to the guest")?;
     let reader = await_admission(&mut control, Instant::now() + ADMISSION_TIMEOUT)?;
     let mut roles = Vec::new();

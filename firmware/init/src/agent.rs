@@ -2,7 +2,6 @@
 //! machine.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{Hello, MAIN_SESSION, Role};
@@ -13,7 +12,6 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 use crate::connection::{self, PendingConnection};
-use crate::container::Member;
 use crate::report;
 use crate::session::{Session, World};
 use crate::setup::Prepared;
@@ -69,7 +67,7 @@ impl Agent {
         loop {
             self.reap();
             let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
-            self.main.advance(World { hostname, containers: &[] });
+            self.main.advance(World { hostname, container: None });
             self.change();
             if self.main.is_cut()
                 && let Err(failure) = self.main.reconnect()
@@ -105,10 +103,9 @@ impl Agent {
         self.read_hellos();
         self.admit();
         let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
-        let containers: Vec<Rc<Member>> =
-            std::iter::once(&self.main).chain(&self.others).filter_map(Session::container).collect();
+        let world = World { hostname, container: self.main.container() };
         for session in &mut self.others {
-            session.advance(World { hostname, containers: &containers });
+            session.advance(world);
         }
         let before = self.others.len();
         self.others.retain(|session| !session.is_over());

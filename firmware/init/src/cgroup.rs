@@ -1,4 +1,4 @@
-//! Cgroups of processes whose number or memory is limited (Documentation/admin-guide/cgroup-v2.rst).
+//! Cgroups of processes whose number is limited (Documentation/admin-guide/cgroup-v2.rst).
 
 use std::fs;
 use std::io;
@@ -15,9 +15,12 @@ const DIR: &str = "/sys/fs/cgroup/machine";
 /// Sets the maximum number of processes and threads in the cgroup together, which is created if necessary.
 pub fn limit_processes(max: u32) -> Result<(), Failure> {
     make_dir(DIR)?;
-    fs::write(format!("{ROOT}/cgroup.subtree_control"), "+pids")
-        .and_then(|()| fs::write(format!("{DIR}/pids.max"), max.to_string()))
-        .context("limit the number of processes (the kernel needs CONFIG_CGROUP_PIDS)")
+    set_processes_max(DIR, max.into()).context("limit the number of processes (the kernel needs CONFIG_CGROUP_PIDS)")
+}
+
+fn set_processes_max(dir: &str, max: u64) -> io::Result<()> {
+    fs::write(format!("{ROOT}/cgroup.subtree_control"), "+pids")?;
+    fs::write(format!("{dir}/pids.max"), max.to_string())
 }
 
 /// Moves this process to the cgroup.
@@ -29,21 +32,16 @@ fn container(id: &str) -> String {
     format!("{ROOT}/container-{id}")
 }
 
-/// Creates the cgroup of a container with its limits. The kernel may not support some of them: the machine has limits of its own.
+/// Creates the cgroup of a container with its limit of processes, which the kernel may not support.
 pub fn create_container(container: &Container) {
     let dir = self::container(&container.id);
     if fs::create_dir(&dir).is_err() {
         return;
     }
-    for (controller, file, max) in
-        [("pids", "pids.max", container.processes_max), ("memory", "memory.max", container.memory_max_bytes)]
+    if let Some(max) = container.processes_max
+        && let Err(error) = set_processes_max(&dir, max)
     {
-        let Some(max) = max else { continue };
-        let limited = fs::write(format!("{ROOT}/cgroup.subtree_control"), format!("+{controller}"))
-            .and_then(|()| fs::write(format!("{dir}/{file}"), max.to_string()));
-        if let Err(error) = limited {
-            report::say(&format!("set {file} of the container: {error}"));
-        }
+        report::say(&format!("set pids.max of the container: {error}"));
     }
 }
 

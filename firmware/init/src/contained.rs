@@ -15,7 +15,7 @@ use nix::unistd::{AccessFlags, ForkResult, Pid, access, ttyname};
 
 use crate::container::{self, Member};
 use crate::errors::{Context, Failure};
-use crate::identity::{self, Identity};
+use crate::identity::Identity;
 use crate::process::{self, Program, Stage, Started, Streams};
 use crate::root::make_dir;
 use crate::{cgroup, sys};
@@ -152,7 +152,7 @@ fn prepare(
         Entrance::New(container) => container::enter(container, process.terminal.is_some())?,
         Entrance::Member(member) => member.join()?,
     }
-    let identity = identify(process)?;
+    let identity = process::identify(process)?;
     let program = Program::new(process, process::environment(process, "", &identity.home))?;
     if let Some(adjustment) = process.credentials.as_ref().and_then(|credentials| credentials.oom_score_adj) {
         // Without /proc there is no such adjustment.
@@ -183,19 +183,6 @@ fn prepare(
     // Init takes it before it says that the process may go; it is closed by execve(2).
     std::mem::forget(master);
     Ok((identity, streams, program))
-}
-
-/// Who the process is, by its credentials, with the home directory that the container's files have for this user.
-fn identify(process: &Process) -> Result<Identity, Failure> {
-    let passwd = fs::read("/etc/passwd").unwrap_or_default();
-    let Some(credentials) = &process.credentials else {
-        let group = fs::read("/etc/group").unwrap_or_default();
-        let mut identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
-        identity.join(&process.rights.groups, &group).map_err(Failure::new)?;
-        return Ok(identity);
-    };
-    let (uid, gid) = (credentials.uid, credentials.gid);
-    Ok(Identity { uid, gid, groups: credentials.groups.clone(), home: identity::home_of(uid, &passwd) })
 }
 
 /// Fails if there is no such program. Who creates a container hears of it then, and not when it is started.

@@ -130,14 +130,10 @@ fn attach(mount: &Mount, copy: Option<OwnedFd>) -> Result<(), Failure> {
     };
     make_dir(&target)?;
     match kind.as_str() {
-        // Version 1 has no equivalent in a machine. The kernel may support neither these nor message queues.
-        "cgroup" | "cgroup2" => {
-            let mounted = mount_at("cgroup2", &text(&target), flags, "");
-            mounted.unwrap_or_else(|failure| report::say(&failure.message));
-            Ok(())
-        }
-        "mqueue" => {
-            let mounted = mount_at("mqueue", &text(&target), flags, "");
+        // Version 1 has no equivalent in a machine. The kernel may support neither cgroups nor message queues.
+        "cgroup" | "cgroup2" | "mqueue" => {
+            let kind = if kind == "mqueue" { kind } else { "cgroup2" };
+            let mounted = mount_at(kind, &text(&target), flags, "");
             mounted.unwrap_or_else(|failure| report::say(&failure.message));
             Ok(())
         }

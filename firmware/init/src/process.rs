@@ -112,10 +112,7 @@ impl Program {
 
 /// Starts `process` in the machine's root file system. Returns when the program is running or has failed to start.
 pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
-    let passwd = fs::read("/etc/passwd").unwrap_or_default();
-    let group = fs::read("/etc/group").unwrap_or_default();
-    let mut identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
-    identity.join(&process.rights.groups, &group).map_err(Failure::new)?;
+    let identity = identify(process)?;
     process.rights.processes_max.map_or(Ok(()), cgroup::limit_processes)?;
     let program = Program::new(process, environment(process, hostname, &identity.home))?;
     let (mut started, streams) = open_streams(process, &identity)?;
@@ -135,6 +132,19 @@ pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
         Err(_) => Ok(started),
         Ok(()) => Err(explain(process, STAGES.get(usize::from(report[0])), Errno::from_raw(report[1].into()))),
     }
+}
+
+/// Who the process is: by its credentials, or by the files of the root directory, which have its home in any case.
+pub fn identify(process: &Process) -> Result<Identity, Failure> {
+    let passwd = fs::read("/etc/passwd").unwrap_or_default();
+    let Some(credentials) = &process.credentials else {
+        let group = fs::read("/etc/group").unwrap_or_default();
+        let mut identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
+        identity.join(&process.rights.groups, &group).map_err(Failure::new)?;
+        return Ok(identity);
+    };
+    let (uid, gid) = (credentials.uid, credentials.gid);
+    Ok(Identity { uid, gid, groups: credentials.groups.clone(), home: identity::home_of(uid, &passwd) })
 }
 
 /// Without a terminal, one pipe per stream, so that outputs stay separate and can be closed individually.

@@ -1,7 +1,6 @@
 //! A process and its connections to the host, for the main session and additional ones.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::rc::Rc;
 use std::time::Duration;
 
 use husk_protocol::{Container, Identity, MAIN_SESSION, Overlay, Process, Renewal, Role, Run, ToGuest, ToHost};
@@ -24,8 +23,8 @@ use crate::sys::{self, Ended};
 pub struct World<'a> {
     /// The machine's host name.
     pub hostname: &'a str,
-    /// The containers.
-    pub containers: &'a [Rc<Member>],
+    /// The machine's container, if there is one.
+    pub container: Option<&'a Member>,
 }
 
 /// A session. Its process starts when its streams are connected, and it ends when the host says so or disconnects.
@@ -34,10 +33,10 @@ pub struct Session {
     control: ControlConnection,
     /// Whether it was admitted.
     admitted: bool,
-    /// The process to start when its streams are connected, and the container that is to be created for it.
-    wanted: Option<(Process, Option<Box<Container>>)>,
+    /// The process to start when its streams are connected.
+    wanted: Option<Process>,
     /// The container of this session, and its process until it is told to go.
-    container: Option<Rc<Member>>,
+    container: Option<Member>,
     waiting: Option<Waiting>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
@@ -220,14 +219,14 @@ impl Session {
     /// Starts the process of a run, or creates its container.
     pub fn begin(&mut self, run: &Run, hostname: &str) {
         match &run.container {
-            None => self.start(&run.process, World { hostname, containers: &[] }),
+            None => self.start(&run.process, World { hostname, container: None }),
             Some(container) => self.create(container, &run.process),
         }
     }
 
     /// The container that other processes can join, as long as its process lives.
-    pub fn container(&self) -> Option<Rc<Member>> {
-        self.container.clone().filter(|_| self.pid.is_some())
+    pub fn container(&self) -> Option<&Member> {
+        self.container.as_ref().filter(|_| self.pid.is_some())
     }
 
     /// Creates a container whose process waits, or reports why it cannot be created.
@@ -238,7 +237,7 @@ impl Session {
         });
         match created {
             Ok((pid, waiting, member)) => {
-                (self.pid, self.waiting, self.container) = (Some(pid), Some(waiting), Some(Rc::new(member)));
+                (self.pid, self.waiting, self.container) = (Some(pid), Some(waiting), Some(member));
                 self.control.say(&ToHost::Created(pid.as_raw().unsigned_abs()));
             }
             Err(failure) => self.fail(failure),
@@ -263,7 +262,7 @@ impl Session {
     fn start(&mut self, process: &Process, world: World) {
         let started = match &process.container {
             None => process::start(process, world.hostname),
-            Some(id) => match world.containers.iter().find(|member| member.id == *id) {
+            Some(id) => match world.container.filter(|member| member.id == *id) {
                 Some(member) => contained::start_in(member, process),
                 None => Err(Failure::new(format_args!("container {id} is not running"))),
             },
@@ -362,11 +361,7 @@ impl Session {
         match message {
             ToGuest::Start(process) => {
                 let fresh = self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none();
-                self.wanted = Some((process, None)).filter(|_| fresh);
-            }
-            ToGuest::Create(container, process) => {
-                let fresh = self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none();
-                self.wanted = Some((process, Some(container))).filter(|_| fresh);
+                self.wanted = Some(*process).filter(|_| fresh);
             }
             ToGuest::Go => self.go(),
             ToGuest::Signal(number) => {
@@ -404,13 +399,10 @@ impl Session {
             Role::Stderr | Role::Control => self.stderr.is_some(),
         };
         if self.admitted
-            && self.wanted.as_ref().is_some_and(|(process, _)| streams_of(process).all(there))
-            && let Some((process, container)) = self.wanted.take()
+            && self.wanted.as_ref().is_some_and(|process| streams_of(process).all(there))
+            && let Some(process) = self.wanted.take()
         {
-            match container {
-                Some(container) => self.create(&container, &process),
-                None => self.start(&process, world),
-            }
+            self.start(&process, world);
         }
     }
 

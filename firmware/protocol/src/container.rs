@@ -31,8 +31,6 @@ pub struct Container {
     pub sysctls: Vec<(String, String)>,
     /// The maximum number of its processes and threads.
     pub processes_max: Option<u64>,
-    /// The maximum of memory that they may use, in bytes.
-    pub memory_max_bytes: Option<u64>,
 }
 
 /// A mount in a container.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::container::{Container, Credentials};
+use crate::container::Credentials;
 use crate::frame::Message;
 use crate::hello::Role;
 use crate::spec::{Identity, Limit, Overlay, Run};
@@ -31,7 +31,7 @@ pub struct Process {
     /// Who it is in numbers, instead of `user`, with the environment as it is given, except that HOME is added.
     #[serde(default)]
     pub credentials: Option<Credentials>,
-    /// The ID of the [container](Container) that it is started in.
+    /// The ID of the [container](crate::Container) that it is started in.
     #[serde(default)]
     pub container: Option<String>,
 }
@@ -89,7 +89,7 @@ pub struct Renewal {
 pub enum ToGuest {
     /// Start this process; sent once, and only in a session opened by the host. It starts when the session is
     /// [admitted](ToHost::Admitted) and its streams are connected.
-    Start(Process),
+    Start(Box<Process>),
     /// Send the process this signal.
     Signal(u8),
     /// The size of the user's terminal has changed.
@@ -114,10 +114,7 @@ pub enum ToGuest {
     /// Start the main process, with this writable layer above the image. The answer to [`ToHost::Waiting`]. A disk with that layer, and
     /// the run's shares, are devices that the guest has not seen before.
     Begin(Renewal, Overlay, Box<Run>),
-    /// Create a container with this process, in a session opened by the host. It is created when the session is
-    /// [admitted](ToHost::Admitted) and the streams of the process are connected, and reported by [`ToHost::Created`].
-    Create(Box<Container>, Process),
-    /// Execute the program of the container that was created.
+    /// Execute the program of the [container](crate::Container) that was created, in its main session.
     Go,
 }
 
@@ -159,7 +156,7 @@ pub enum ToHost {
     Renewed(Result<(), String>),
     /// The machine is prepared, and the main process may [begin](ToGuest::Begin).
     Waiting,
-    /// The container of this session is created. Its process has this PID, and executes its program when it is told
+    /// The container of the run is created. Its process has this PID, and executes its program when it is told
     /// [to go](ToGuest::Go).
     Created(u32),
 }
