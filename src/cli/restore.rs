@@ -16,7 +16,7 @@ use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::on_or_off;
 use super::mounts::place;
-use super::run::session::{self, Start};
+use super::run::session::{self, Ended, Start};
 use crate::guest::signal;
 use crate::resources::disk::stamp;
 use crate::resources::{self, Source};
@@ -131,7 +131,7 @@ impl Restore {
                 return Ok(boot::report(&reason));
             };
             let start = Start::Resume { received, stdin, terminal, change: own.change.clone() };
-            session::run(&config, opened, start, endpoint, signals, &timings)
+            session::run(&config, opened, start, endpoint, signals, &timings).map(Ended::exit)
         })?;
         if self.timings {
             super::print_stderr(&timings.to_string());

@@ -12,7 +12,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::lifecycle::{LifecycleArgs, RecordInfo};
 use super::run::machine::{self, MachineFlags};
-use super::run::session::{self, Start};
+use super::run::session::{self, Ended, Start};
 use crate::config::MachineConfig;
 use crate::guest::process::Overrides;
 use crate::guest::{GuestSpec, RootFs};
@@ -102,7 +102,7 @@ impl Warm {
             let initramfs = spec.waiting_initramfs(&programs, &kernel, config.virtio_bus())?;
             let opened = resources::open_for(&config, machine::boot_source(&kernel, initramfs)?)?;
             let start = Start::Wait(Save { path: path.clone(), fingerprint });
-            session::run(&config, opened, start, endpoint, signals, &timings)
+            session::run(&config, opened, start, endpoint, signals, &timings).map(Ended::exit)
         };
         let exit = lifecycle.run_with_restarts(endpoint, true, boot)?;
         if exit == Exit::Success {

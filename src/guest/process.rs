@@ -142,7 +142,7 @@ pub fn limit(text: &str) -> Result<Limit, String> {
 }
 
 /// Mount options that are flags of mount(2): the bit, and whether the option sets or clears it.
-const MOUNT_FLAGS: [(&str, u64, bool); 12] = [
+pub const MOUNT_FLAGS: [(&str, u64, bool); 12] = [
     ("rw", libc::MS_RDONLY, false),
     ("ro", libc::MS_RDONLY, true),
     ("exec", libc::MS_NOEXEC, false),

@@ -25,23 +25,11 @@ const NAMESPACES: [(&str, i32); 5] = [
     ("uts", libc::CLONE_NEWUTS),
     ("cgroup", libc::CLONE_NEWCGROUP),
 ];
-/// Options of mount(8) that are flags of mount(2): the bits, and whether the option sets or clears them.
-const FLAGS: [(&str, u64, bool); 24] = [
+/// Options of mounts that are flags besides those of a tmpfs, in the same form.
+const MORE_FLAGS: [(&str, u64, bool); 12] = [
     ("bind", libc::MS_BIND, true),
     ("rbind", libc::MS_BIND | libc::MS_REC, true),
-    ("ro", libc::MS_RDONLY, true),
-    ("rw", libc::MS_RDONLY, false),
-    ("nosuid", libc::MS_NOSUID, true),
-    ("suid", libc::MS_NOSUID, false),
-    ("nodev", libc::MS_NODEV, true),
-    ("dev", libc::MS_NODEV, false),
-    ("noexec", libc::MS_NOEXEC, true),
-    ("exec", libc::MS_NOEXEC, false),
-    ("sync", libc::MS_SYNCHRONOUS, true),
-    ("async", libc::MS_SYNCHRONOUS, false),
     ("dirsync", libc::MS_DIRSYNC, true),
-    ("noatime", libc::MS_NOATIME, true),
-    ("atime", libc::MS_NOATIME, false),
     ("nodiratime", libc::MS_NODIRATIME, true),
     ("diratime", libc::MS_NODIRATIME, false),
     ("relatime", libc::MS_RELATIME, true),
@@ -124,9 +112,13 @@ fn namespaces(config: &Config) -> Result<u32> {
     Ok(flags | libc::CLONE_NEWNS.unsigned_abs())
 }
 
+fn flags() -> impl Iterator<Item = &'static (&'static str, u64, bool)> {
+    process::MOUNT_FLAGS.iter().chain(&MORE_FLAGS)
+}
+
 /// The options of mounts that are known, besides those of file systems.
 pub fn mount_options() -> Vec<&'static str> {
-    FLAGS.iter().map(|(name, _, _)| *name).chain(PROPAGATIONS).chain(["tmpcopyup"]).collect()
+    flags().map(|(name, _, _)| *name).chain(PROPAGATIONS).chain(["tmpcopyup"]).collect()
 }
 
 enum Translated {
@@ -186,7 +178,7 @@ fn shared_memory(mount: &config::Mount, path: &Path, flags: u64) -> Option<Mount
 fn options(words: &[String]) -> Result<(u64, Vec<&str>)> {
     let (mut flags, mut data) = (0, Vec::new());
     for word in words {
-        if let Some((_, bits, sets)) = FLAGS.iter().find(|(name, _, _)| name == word) {
+        if let Some((_, bits, sets)) = self::flags().find(|(name, _, _)| name == word) {
             flags = if *sets { flags | bits } else { flags & !bits };
         } else if ["idmap", "ridmap"].iter().any(|name| word.split('=').next() == Some(*name)) {
             bail!("option {word}: ID-mapped mounts are not supported");

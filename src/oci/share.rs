@@ -60,9 +60,7 @@ fn show(mount: &Mount, place: Option<(&Bind, &OwnedFd)>, target: &Path) -> Resul
                 File::create(target)?;
             }
             move_mount(copy, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-            if bind.readonly {
-                mount_remount(target, MountFlags::BIND | MountFlags::RDONLY | locked(target)?, "")?;
-            }
+            restrict(bind, target)?;
         }
         (MountSource::FileSystem { kind, .. }, None) if kind == "tmpfs" && target.is_dir() => {
             let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
@@ -109,6 +107,10 @@ fn attach(bind: &Bind, place: &Path) -> Result<()> {
     } else {
         mount_bind(&bind.source, place)?
     }
+    restrict(bind, place)
+}
+
+fn restrict(bind: &Bind, place: &Path) -> Result<()> {
     if bind.readonly {
         // What the host restricts stays restricted, which a remount must say again in a user namespace.
         let kept = locked(place)?;

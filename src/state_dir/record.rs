@@ -270,6 +270,39 @@ pub(super) fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     private_file().write(true).create(true).truncate(true).open(path)?.write_all(content)
 }
 
+impl Record {
+    /// The record of a machine that starts in the foreground, in this process, and has nothing but an image and a command.
+    pub fn new(id: String, image: String, command: Vec<String>, config: MachineConfig) -> Record {
+        Record {
+            id,
+            name: None,
+            pid: std::process::id(),
+            image,
+            image_id: None,
+            command,
+            created_ms: now_ms(),
+            max_retries: 0,
+            restarts_always: false,
+            log_max_bytes: None,
+            snapshot: None,
+            state: State::Starting,
+            restarts: 0,
+            detached: false,
+            keep: false,
+            stop_signal: libc::SIGTERM as u8,
+            labels: BTreeMap::new(),
+            stop_timeout_ms: None,
+            health_check: None,
+            health: None,
+            process: None,
+            identity: None,
+            mounts: Vec::new(),
+            sandbox_lacks: Vec::new(),
+            config,
+        }
+    }
+}
+
 /// The current time, in milliseconds since 1970.
 pub fn now_ms() -> u64 {
     let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or(Duration::ZERO);
@@ -282,31 +315,10 @@ pub(crate) mod tests {
 
     pub(crate) fn record() -> Record {
         Record {
-            id: "0123456789ab".into(),
-            name: None,
             pid: 1,
-            image: "debian:12".into(),
-            image_id: None,
-            command: vec!["sh".into()],
-            created_ms: now_ms(),
-            state: State::Starting,
-            restarts: 0,
             detached: true,
             keep: true,
-            stop_signal: 15,
-            labels: BTreeMap::new(),
-            stop_timeout_ms: None,
-            health_check: None,
-            health: None,
-            process: None,
-            identity: None,
-            mounts: Vec::new(),
-            max_retries: 0,
-            restarts_always: false,
-            log_max_bytes: None,
-            snapshot: None,
-            sandbox_lacks: Vec::new(),
-            config: MachineConfig::default(),
+            ..Record::new("0123456789ab".into(), "debian:12".into(), vec!["sh".into()], MachineConfig::default())
         }
     }
 

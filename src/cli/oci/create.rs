@@ -1,17 +1,14 @@
 //! `husk oci create` and `run`: check the bundle, and start the process that is the container's on the host.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Child;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
+use super::channel::Channel;
 use super::console;
 use super::{Flags, delete, start, supervise};
 use crate::cli::exit::Exit;
@@ -23,11 +20,11 @@ use crate::supervisor;
 
 /// What the container's process says when its namespaces exist, and what it is answered.
 pub const PREPARED: &str = "prepared";
-pub const PROCEED: &[u8] = b"proceed\n";
+pub const PROCEED: &str = "proceed";
 /// What it says when its container is created.
 const CREATED: &str = "created";
-/// How it begins to say why it has failed.
-pub const FAILED: &str = "failed ";
+/// Why it is not, if it has not said that.
+const NOT_CREATED: &str = "the container's process has ended before it was created";
 /// How long a process that was killed may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -168,19 +165,11 @@ impl Creation {
     }
 
     /// Starts the container's process on the host. Returns it with the connection to it.
-    fn spawn(&self, root: &Path, terminal: Option<fs::File>, leads_session: bool) -> Result<(Child, UnixStream)> {
-        let (ours, theirs) = UnixStream::pair().context("create a socket pair")?;
-        let owns_terminal = terminal.is_some();
-        let [stdin, stdout, stderr] = console::streams(terminal)?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("husk").arg("oci").arg("--root").arg(root);
-        command.args(["supervise", &format!("--channel={}", theirs.as_raw_fd())]);
-        command.args(leads_session.then_some("--session")).args(owns_terminal.then_some("--terminal")).arg(&self.id);
-        // It is passed on by its number.
-        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).context("pass a descriptor")?;
-        let process =
-            command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().context("start husk for the container")?;
-        Ok((process, ours))
+    fn spawn(&self, root: &Path, terminal: Option<fs::File>, leads_session: bool) -> Result<(Child, Channel)> {
+        let mut words = vec!["--root".into(), root.into(), "supervise".into()];
+        words.extend(leads_session.then(|| "--session".into()));
+        words.push(self.id.clone().into());
+        Channel::spawn(words, terminal)
     }
 }
 
@@ -214,30 +203,16 @@ fn has_terminal(config: &Config) -> bool {
 }
 
 /// Accompanies the container's process until the container is created.
-fn prepare(dir: &Dir, config: &Config, mut state: State, process: &Child, mut channel: UnixStream) -> Result<()> {
+fn prepare(dir: &Dir, config: &Config, mut state: State, process: &Child, mut channel: Channel) -> Result<()> {
     state.process = Some(ProcessId::of(process.id()).context("the container's process has ended")?);
     dir.write(&state)?;
-    let mut lines = BufReader::new(channel.try_clone()?);
-    expect(&mut lines, PREPARED)?;
+    channel.expect(PREPARED, NOT_CREATED)?;
     let told = state.to_json(Status::Creating).to_string();
     hooks::run("prestart", &config.hooks.prestart, &told)?;
     hooks::run("createRuntime", &config.hooks.create_runtime, &told)?;
     hooks::run("createContainer", &config.hooks.create_container, &told)?;
-    channel.write_all(PROCEED).context("tell the container's process to proceed")?;
-    expect(&mut lines, CREATED)
-}
-
-/// Reads what the container's process says. Fails if it is not `word`.
-fn expect(lines: &mut impl BufRead, word: &str) -> Result<()> {
-    let mut line = String::new();
-    lines.read_line(&mut line).context("wait for the container's process")?;
-    match line.trim_end() {
-        said if said == word => Ok(()),
-        said => match said.strip_prefix(FAILED) {
-            Some(why) => bail!("{why}"),
-            None => bail!("the container's process has ended before it was created"),
-        },
-    }
+    channel.say(PROCEED)?;
+    channel.expect(CREATED, NOT_CREATED)
 }
 
 /// Writes a PID where an engine waits for it: completely or not at all.

@@ -1,17 +1,14 @@
 //! `husk oci exec`: executes one more process in a container.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::io::Read;
 use std::path::PathBuf;
-use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use husk_protocol::{Process, ToHost};
 
-use super::create::{FAILED, write_pid};
+use super::channel::Channel;
+use super::create::write_pid;
 use super::{Flags, console};
 use crate::cli::exit::Exit;
 use crate::console::terminal;
@@ -21,7 +18,6 @@ use crate::oci::guest;
 use crate::oci::state::Status;
 use crate::state_dir;
 use crate::supervisor;
-use crate::sys::process::take_descriptor;
 
 /// What a process in the background says when its own is running.
 const STARTED: &str = "started";
@@ -147,30 +143,15 @@ impl Exec {
         process: &Process,
         terminal: Option<std::fs::File>,
     ) -> Result<Exit> {
-        let (mut ours, theirs) = UnixStream::pair().context("create a socket pair")?;
-        let owns_terminal = terminal.is_some();
-        let [stdin, stdout, stderr] = console::streams(terminal)?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("husk").args(["oci", "attend", &format!("--channel={}", theirs.as_raw_fd())]);
-        command.args(owns_terminal.then_some("--terminal")).arg("--vsock").arg(vsock);
-        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).context("pass a descriptor")?;
-        let mut child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().context("start husk")?;
-        drop(theirs);
+        let words = vec!["attend".into(), "--vsock".into(), vsock.into()];
+        let (mut child, mut channel) = Channel::spawn(words, terminal)?;
         // Its environment may be secret, and arguments are not.
         let described = postcard::to_allocvec(process).context("describe the process")?;
         let len_bytes = u32::try_from(described.len())?.to_le_bytes();
-        ours.write_all(&[&len_bytes[..], &described].concat()).context("describe the process")?;
-        let mut line = String::new();
-        BufReader::new(ours).read_line(&mut line).context("wait for the process")?;
-        match line.trim_end() {
-            STARTED => {}
-            said => {
-                let _ = child.kill().and_then(|()| child.wait());
-                match said.strip_prefix(FAILED) {
-                    Some(why) => bail!("{why}"),
-                    None => bail!("the process has ended before it was started"),
-                }
-            }
+        channel.send(&[&len_bytes[..], &described].concat())?;
+        if let Err(error) = channel.expect(STARTED, "the process has ended before it was started") {
+            let _ = child.kill().and_then(|()| child.wait());
+            return Err(error);
         }
         write_pid(self.pid_file.as_deref(), child.id())?;
         if self.detach {
@@ -184,27 +165,19 @@ impl Exec {
 impl Attend {
     /// Runs the process, and exits as it does.
     pub(super) fn run(self) -> Result<Exit> {
-        let mut channel = UnixStream::from(take_descriptor(self.channel)?);
+        let mut channel = Channel::inherited(self.channel)?;
         console::lead_session(self.terminal)?;
-        let mut said = channel.try_clone()?;
-        let begun = receive(&mut channel).and_then(|process| {
-            run(&self.vsock, &process, || {
-                said.write_all(format!("{STARTED}\n").as_bytes()).context("report that the process is running")
-            })
-        });
-        begun.or_else(|error| {
-            let text = format!("{error:#}").replace('\n', " ");
-            channel.write_all(format!("{FAILED}{text}\n").as_bytes()).map(|()| Exit::Failure).or(Err(error))
-        })
+        let begun = receive(channel.reader());
+        let ended = begun.and_then(|process| run(&self.vsock, &process, || channel.say(STARTED)));
+        ended.or_else(|error| channel.fail(error))
     }
 }
 
-fn receive(channel: &mut UnixStream) -> Result<Process> {
-    use std::io::Read;
+fn receive(from: &mut impl Read) -> Result<Process> {
     let mut len_bytes = [0; 4];
-    channel.read_exact(&mut len_bytes)?;
+    from.read_exact(&mut len_bytes)?;
     let mut described = Vec::new();
-    channel.take(u32::from_le_bytes(len_bytes).into()).read_to_end(&mut described)?;
+    from.take(u32::from_le_bytes(len_bytes).into()).read_to_end(&mut described)?;
     postcard::from_bytes(&described).context("read the description of the process")
 }
 

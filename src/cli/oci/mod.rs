@@ -1,5 +1,6 @@
 //! `husk oci`: the command line of an OCI runtime, as runc and crun have it.
 
+mod channel;
 mod console;
 mod create;
 mod delete;

@@ -5,11 +5,9 @@
 //! They are two because engines enter the namespaces of a container's process to reach its files (`podman cp`), and one that runs a
 //! machine needs the host's.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command};
+use std::os::fd::{AsFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Child;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,16 +16,16 @@ use clap::Args;
 use husk_protocol::{Container, Process, ToHost};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
-use rustix::io::{Errno, FdFlags};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
-use super::create::{FAILED, PREPARED, PROCEED};
+use super::channel::Channel;
+use super::create::{PREPARED, PROCEED};
 use super::{Flags, console};
 use crate::cli::exit::Exit;
 use crate::cli::run::machine;
 use crate::cli::run::session::{self, Ended, Start};
-use crate::config::MachineConfig;
 use crate::console::stream_log;
 use crate::exit_latch::ExitReason;
 use crate::guest::GuestSpec;
@@ -39,11 +37,10 @@ use crate::oci::state::{Dir, State};
 use crate::oci::{guest, share};
 use crate::resources::guest_kernel::Choice;
 use crate::resources::{self, interface};
-use crate::state_dir::record::{Record, State as MachineState, now_ms};
+use crate::state_dir::record::Record;
 use crate::state_dir::{self, MachineDir, StateDir};
 use crate::supervisor::{self, ControlEndpoint};
 use crate::sys::SignalFd;
-use crate::sys::process::take_descriptor;
 use crate::timings::Timings;
 
 #[derive(Debug, Args)]
@@ -69,21 +66,13 @@ pub(super) struct Supervise {
 
 impl Supervise {
     pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
-        let mut channel = UnixStream::from(take_descriptor(self.channel)?);
-        let ended = if self.machine { self.run_machine(flags, &channel) } else { self.represent(flags, &channel) };
-        match ended {
-            Ok(exit) => Ok(exit),
-            Err(error) => {
-                let text = format!("{error:#}").replace('\n', " ");
-                let said = channel.write_all(format!("{FAILED}{text}\n").as_bytes());
-                // If nobody waits for it any more, it belongs to the container's output.
-                if said.is_err() { Err(error) } else { Ok(Exit::Failure) }
-            }
-        }
+        let mut channel = Channel::inherited(self.channel)?;
+        let ended = if self.machine { self.run_machine(flags, &mut channel) } else { self.represent(flags, &channel) };
+        ended.or_else(|error| channel.fail(error))
     }
 
     /// Is the container's process for its engine.
-    fn represent(&self, flags: &Flags, channel: &UnixStream) -> Result<Exit> {
+    fn represent(&self, flags: &Flags, channel: &Channel) -> Result<Exit> {
         let signals = supervisor::block_signals(true)?;
         if self.session {
             console::lead_session(self.terminal)?;
@@ -93,12 +82,9 @@ impl Supervise {
         let config = dir.config()?;
         let (container, binds) = guest::container(&self.id, &config, &state.bundle)?;
         enter_namespaces(&config, &dir, state.clone())?;
-        rustix::io::fcntl_setfd(channel, FdFlags::empty()).context("pass a descriptor")?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("husk").arg("oci").arg("--root").arg(root.path());
-        command.args(["supervise", "--machine", &format!("--channel={}", channel.as_raw_fd()), &self.id]);
-        let mut child = command.spawn().context("start husk for the machine")?;
-        rustix::io::fcntl_setfd(channel, FdFlags::CLOEXEC)?;
+        let words =
+            ["--root".into(), root.path().into(), "supervise".into(), "--machine".into(), self.id.clone().into()];
+        let mut child = channel.share(words.to_vec())?;
         let view = share::enter(&state.rootfs, &binds, &container.mounts).context("enter the container's root");
         if let Err(error) = view {
             let _ = child.kill().and_then(|()| child.wait());
@@ -107,8 +93,8 @@ impl Supervise {
         pass_signals_on(&signals, &mut child, self.session)
     }
 
-    fn run_machine(&self, flags: &Flags, mut channel: &UnixStream) -> Result<Exit> {
-        supervisor::block_signals(true)?;
+    fn run_machine(&self, flags: &Flags, channel: &mut Channel) -> Result<Exit> {
+        let signals = supervisor::block_signals(true)?;
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("PR_SET_PDEATHSIG")?;
         let parent = rustix::process::getppid().map_or(0, |parent| parent.as_raw_nonzero().get().unsigned_abs());
         let (dir, mut state) = flags.root()?.wait_for(&self.id, parent)?;
@@ -117,17 +103,15 @@ impl Supervise {
         let process = config.process.as_ref().context("process is missing")?;
         let process = guest::process(process, config.linux.seccomp.as_ref())?;
         share::assemble(&dir.share(), &state.rootfs, &binds)?;
-        channel.write_all(format!("{PREPARED}\n").as_bytes()).context("report to the creator")?;
-        let mut answer = Vec::new();
-        BufReader::new(channel).read_until(b'\n', &mut answer).context("wait for the creator")?;
-        if answer != PROCEED {
+        channel.say(PREPARED)?;
+        if channel.hear()? != PROCEED {
             // The creator has given up, and says why.
             return Ok(Exit::Failure);
         }
         let machine_dir = StateDir::at(state.machines.clone())?.create(None)?;
         state = State { machine: Some(machine_dir.id()), ..dir.state()? };
         dir.write(&state)?;
-        let run = Machine { dir: &dir, config: &config, channel };
+        let run = Machine { dir: &dir, config: &config, channel, signals: &signals };
         run.run(machine_dir, &state, container, process)
     }
 }
@@ -185,7 +169,8 @@ pub fn pass_signals_on(signals: &SignalFd, child: &mut Child, is_leader: bool) -
 struct Machine<'a> {
     dir: &'a Dir,
     config: &'a Config,
-    channel: &'a UnixStream,
+    channel: &'a Channel,
+    signals: &'a SignalFd,
 }
 
 impl Machine<'_> {
@@ -199,15 +184,16 @@ impl Machine<'_> {
         config.cmdline = [config.cmdline, shape.cmdline].join(" ").trim().to_owned();
         config.transport = GuestSpec::transport(shape.transport, &kernel)?;
         config.validate()?;
-        let record = record(&dir, state, &spec, &config);
+        let labels = [("io.husk.oci.id".to_owned(), state.id.clone())].into();
+        let image = state.rootfs.display().to_string();
+        let record = Record { labels, ..Record::new(dir.id(), image, spec.command(), config.clone()) };
         let mut endpoint = ControlEndpoint::open(dir, record, stream_log::DEFAULT_MAX_BYTES)?;
         endpoint.report_creation_to(self.channel.try_clone()?);
-        let signals = supervisor::block_signals(true)?;
         let source = machine::boot_source(&kernel, spec.initramfs(&kernel, config.virtio_bus())?)?;
         let opened = resources::open_for(&config, source)?;
         let timings = Arc::new(Timings::new(Instant::now()));
         let start = Start::Contained { stdin: true, terminal };
-        let ended = session::run_until_end(&config, opened, start, &mut endpoint, &signals, &timings);
+        let ended = session::run(&config, opened, start, &mut endpoint, self.signals, &timings);
         let was_created = endpoint.is_created();
         let code = ended.as_ref().map_or(1, |ended| ended.code());
         endpoint.close(code, None)?;
@@ -240,35 +226,5 @@ fn reason(ended: &Ended) -> anyhow::Error {
             let last = ended.last_words().join("; ");
             anyhow::anyhow!("the machine has ended before the container was created: {}; {last}", ended.reason)
         }
-    }
-}
-
-fn record(dir: &MachineDir, state: &State, spec: &GuestSpec, config: &MachineConfig) -> Record {
-    Record {
-        id: dir.id(),
-        name: None,
-        pid: std::process::id(),
-        image: state.rootfs.display().to_string(),
-        image_id: None,
-        command: spec.command(),
-        created_ms: now_ms(),
-        max_retries: 0,
-        restarts_always: false,
-        log_max_bytes: None,
-        snapshot: None,
-        state: MachineState::Starting,
-        restarts: 0,
-        detached: false,
-        keep: false,
-        stop_signal: libc::SIGTERM as u8,
-        labels: [("io.husk.oci.id".to_owned(), state.id.clone())].into_iter().collect(),
-        stop_timeout_ms: None,
-        health_check: None,
-        health: None,
-        process: None,
-        identity: None,
-        mounts: Vec::new(),
-        sandbox_lacks: Vec::new(),
-        config: config.clone(),
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::session::{self, Start};
+use super::session::{self, Ended, Start};
 use super::{Run, machine};
 use crate::cli::boot;
 use crate::cli::exit::Exit;
@@ -72,7 +72,7 @@ impl Run {
         timings.mark(Step::Prepared);
         let opened = resources::open_for(config, source)?;
         if spec.has_session() {
-            return session::run(config, opened, start, endpoint, signals, timings);
+            return session::run(config, opened, start, endpoint, signals, timings).map(Ended::exit);
         }
         let reason = supervisor::run(config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
         Ok(boot::report(&reason))

@@ -66,20 +66,8 @@ pub struct Ended {
     told_already: bool,
 }
 
-/// Runs the machine `config` until its end, and returns the exit status of its process.
+/// Runs the machine `config` until its end. Reports nothing of that: see [`Ended::exit`].
 pub fn run(
-    config: &MachineConfig,
-    opened: (Resources, Outside),
-    start: Start,
-    endpoint: &mut ControlEndpoint,
-    signals: &SignalFd,
-    timings: &Arc<Timings>,
-) -> Result<Exit> {
-    run_until_end(config, opened, start, endpoint, signals, timings).map(Ended::exit)
-}
-
-/// The same, which reports nothing of the end.
-pub fn run_until_end(
     config: &MachineConfig,
     opened: (Resources, Outside),
     start: Start,
