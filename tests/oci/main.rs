@@ -1,8 +1,11 @@
-//! Tests of the OCI runtime: bundles that are driven as an engine drives them, and podman.
+//! Tests of the OCI runtime: bundles that are driven as an engine drives them, and engines.
 //!
-//! They need root, KVM that runs stock guests (or the lab), and the kernels in the directory that HUSK_TEST_GUESTS names; podman's also
-//! podman and conmon. Without these they are skipped. The root file system is made here with busybox.
+//! They need root, KVM that runs stock guests (or the lab), and the kernels in the directory that HUSK_TEST_GUESTS names; those of engines also
+//! the engines. Without these they are skipped. The root file system is made here with busybox.
 
+mod containerd;
+mod docker;
+mod engine;
 mod life;
 mod network;
 mod podman;
@@ -19,9 +22,9 @@ use tempfile::TempDir;
 
 /// Longer than anything here takes, even emulated on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(120);
-const APPLETS: [&str; 22] = [
+const APPLETS: [&str; 23] = [
     "sh", "ls", "cat", "id", "echo", "sleep", "mount", "ps", "touch", "stat", "hostname", "kill", "tty", "mkdir",
-    "grep", "ip", "ping", "nproc", "env", "nc", "printf", "true",
+    "grep", "ip", "ping", "nproc", "env", "nc", "printf", "true", "test",
 ];
 
 /// Starts a test that needs root and guests.
@@ -141,8 +144,13 @@ impl Runtime {
     #[track_caller]
     fn expect_nothing_left(&self) {
         assert_eq!(self.run(&["list", "-q"]).expect(0), "");
-        assert_eq!(fs::read_dir(self.path("state")).unwrap().count(), 0);
-        let own = self.path("state");
+        self.nothing_is_left_in(&self.path("state"));
+    }
+
+    /// Nothing is left of any container whose state was in the directory `own`.
+    #[track_caller]
+    fn nothing_is_left_in(&self, own: &Path) {
+        assert_eq!(fs::read_dir(own).map_or(0, Iterator::count), 0, "files in {}", own.display());
         let is_ours = |pid: &str| {
             let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             String::from_utf8_lossy(&words).contains(own.to_str().unwrap())
