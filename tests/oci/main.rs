@@ -4,6 +4,7 @@
 //! the engines. Without these they are skipped. The root file system is made here with busybox.
 
 mod containerd;
+mod cri;
 mod docker;
 mod engine;
 mod life;
