@@ -26,7 +26,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     }
     if let Ok(config) = Config::parse(bytes) {
         let process = config.process.as_ref().map(|process| oci::guest::process(process, config.linux.seccomp.as_ref()));
-        let container = oci::guest::container("c", &config, Path::new("/nonexistent"));
+        let container = oci::guest::container("c", &config, Path::new("/nonexistent"), None);
         let shape = oci::machine::Shape::of(&config);
         // What is accepted is on its way to the guest.
         if let (Some(Ok(process)), Ok((container, binds)), Ok(shape)) = (process, container, shape) {

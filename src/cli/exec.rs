@@ -107,6 +107,7 @@ impl Exec {
             End::Reported(ToHost::Started(_)) if self.detach => Ok(Exit::Success),
             End::Reported(_) => bail!("the guest did not say how the process ended"),
             End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
+            End::Lost => bail!("the machine has exited, and the process with it"),
         }
     }
 

@@ -66,9 +66,9 @@ fn list(entry: &MachineEntry, args: Vec<Vec<u8>>, env: Vec<Vec<u8>>) -> Result<S
     }
 }
 
-/// The processes of a machine with husk's init: their PIDs, and a list in the form of `ps -ef`.
-pub fn processes(entry: &MachineEntry) -> Result<(Vec<u32>, String)> {
-    let text = list(entry, vec![INIT_PROGRAM.into(), LIST_PROCESSES.into()], Vec::new())?;
+/// The processes of the container `id` of a machine: their PIDs, and a list in the form of `ps -ef`.
+pub fn processes(entry: &MachineEntry, id: &str) -> Result<(Vec<u32>, String)> {
+    let text = list(entry, vec![INIT_PROGRAM.into(), LIST_PROCESSES.into(), id.into()], Vec::new())?;
     let pids = text.lines().filter_map(|line| line.split('\t').nth(1)?.parse().ok()).collect();
     Ok((pids, table(&text, now_ms() / 1000)?))
 }

@@ -24,6 +24,10 @@ pub struct ShareConfig {
     /// What the guest's kernel keeps in its memory.
     #[serde(default, skip_serializing_if = "ShareCache::is_default")]
     pub cache: ShareCache,
+    /// Whether the guest also sees what is mounted in the folder later, in this process's mount namespace. The folder must be a shared
+    /// mount then (mount_namespaces(7)).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub follows_mounts: bool,
 }
 
 /// The name of a file that is shared by itself.
@@ -64,7 +68,7 @@ impl ShareCache {
 impl ShareConfig {
     /// A writable share with the default cache.
     pub fn of(path: PathBuf, tag: String) -> ShareConfig {
-        ShareConfig { path, tag, readonly: false, cache: ShareCache::default() }
+        ShareConfig { path, tag, readonly: false, cache: ShareCache::default(), follows_mounts: false }
     }
 
     /// Checks the share against the `earlier` ones.

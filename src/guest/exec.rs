@@ -1,23 +1,20 @@
 //! Runs an additional process in a running machine: sends its description, connects its streams through the machine's
-//! vsock socket and waits for its exit.
+//! vsock socket and waits for its exit. It may be the first of a container.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use husk_protocol::frame::{self, Reader};
-use husk_protocol::{Hello, PORT, Process, Role, ToGuest, ToHost};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use husk_protocol::{Container, Hello, PORT, Process, Role, ToGuest, ToHost};
 
-use super::session::Session;
-use crate::console::terminal::RawTerminal;
-use crate::exit_latch::{ExitLatch, ExitReason};
-use crate::sys::{self, SignalFd};
-use crate::timings::Timings;
+use crate::sys;
+
+mod run;
+
+pub use run::{End, Moments, run_contained, run_session};
 
 /// How long the guest may take to accept a connection. It may be busy or gone.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,15 +25,6 @@ const RETRY_FIRST: Duration = Duration::from_millis(5);
 const RETRY_LAST: Duration = Duration::from_millis(320);
 /// The maximum length of the reply to a connection request.
 const ANSWER_MAX_BYTES: usize = 32;
-
-/// How a session with an additional process ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
-    /// The guest reported this result.
-    Reported(ToHost),
-    /// A signal to husk ended the session; the process may still be running.
-    Interrupted(i32),
-}
 
 /// A process that the guest has admitted. A process with streams starts once they are connected.
 #[derive(Debug)]
@@ -62,6 +50,15 @@ pub struct Connections {
 /// Sends the description of `process` to the guest whose vsock socket is at `vsock`, and waits for admission: the guest
 /// limits the number of processes, and the vsock device the number of connections.
 pub fn request_start<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
+    request(vsock, process, &ToGuest::Start(Box::new(process.clone())))
+}
+
+/// The same for a container and its first process.
+pub fn request_creation<'a>(vsock: &'a Path, container: Container, process: &Process) -> Result<Admitted<'a>> {
+    request(vsock, process, &ToGuest::Create(Box::new(container), Box::new(process.clone())))
+}
+
+fn request<'a>(vsock: &'a Path, process: &Process, message: &ToGuest) -> Result<Admitted<'a>> {
     let deadline = Instant::now() + CONNECT_TIMEOUT;
     let mut id = [0; 8];
     sys::getrandom(&mut id).context("generate a session ID")?;
@@ -69,7 +66,7 @@ pub fn request_start<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<
     let id = u64::from_le_bytes(id) | 1;
     let mut control = connect(vsock, Hello { session: id, role: Role::Control }, deadline)?;
     let mut start = Vec::new();
-    frame::write(&ToGuest::Start(Box::new(process.clone())), &mut start).context("describe the process")?;
+    frame::write(message, &mut start).context("describe the process")?;
     control.write_all(&start).context("send the process to the guest")?;
     let reader = await_admission(&mut control, Instant::now() + ADMISSION_TIMEOUT)?;
     let mut roles = Vec::new();
@@ -241,73 +238,6 @@ fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
         }
     }
     Ok(line)
-}
-
-/// Runs the session until the process exits, with this process's streams and `signals`. With `takes_keys`, all keys
-/// typed on this terminal go to the process.
-pub fn run_session(connections: Connections, signals: &SignalFd, takes_keys: bool) -> Result<End> {
-    run(connections, signals, takes_keys, None)
-}
-
-/// The same for a process in a container, which gets all signals. Calls `started` when it is running.
-pub fn run_contained(
-    connections: Connections,
-    signals: &SignalFd,
-    takes_keys: bool,
-    started: impl FnOnce() -> Result<()>,
-) -> Result<End> {
-    let mut started = Some(started);
-    run(connections, signals, takes_keys, Some(&mut || started.take().map_or(Ok(()), |started| started())))
-}
-
-fn run(
-    connections: Connections,
-    signals: &SignalFd,
-    takes_keys: bool,
-    mut started: Option<&mut dyn FnMut() -> Result<()>>,
-) -> Result<End> {
-    let Connections { id, control, reader: _, streams, on_terminal } = connections;
-    // Before the streams have threads.
-    let terminal = if takes_keys { RawTerminal::enter().context("set up the terminal")? } else { None };
-    let mut session = Session::over(id, control, streams, on_terminal, Arc::new(Timings::new(Instant::now())))?;
-    let epoll = Epoll::new().context("epoll")?;
-    for fd in [session.as_raw_fd(), signals.as_raw_fd()] {
-        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).context("watch the session")?;
-    }
-    if started.is_some() {
-        session.only_forward();
-    }
-    // There is no machine in this process to end.
-    let exit_latch = ExitLatch::new()?;
-    let end = loop {
-        session.on_ready(&exit_latch)?;
-        if session.has_started()
-            && let Some(started) = started.take()
-        {
-            started()?;
-        }
-        if let Some(end) = session.end().filter(|_| session.is_over()) {
-            break Ok(End::Reported(end.clone()));
-        }
-        match exit_latch.reason() {
-            Some(ExitReason::Killed(signal)) => break Ok(End::Interrupted(signal)),
-            Some(reason) => break Err(anyhow::anyhow!("{reason}")),
-            None if session.is_lost() && session.outputs_are_closed() => {
-                break Err(anyhow::anyhow!("the machine has exited, and the process with it"));
-            }
-            None => {}
-        }
-        match epoll.wait(-1, &mut [EpollEvent::default(); 2]) {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error).context("wait for events"),
-            _ => {}
-        }
-        while let Some(signal) = signals.read().context("read a signal")? {
-            session.on_signal(signal, &exit_latch);
-        }
-    };
-    session.disconnect();
-    drop(terminal);
-    end
 }
 
 #[cfg(test)]

@@ -61,11 +61,11 @@ pub enum RootFs {
         /// Whether the disk is read-only.
         readonly: bool,
     },
-    /// A folder of the host with the root file system of a container and what is mounted in it.
+    /// A folder of the host with the root file systems of containers and what is mounted in them.
     Share {
         /// The folder.
         path: PathBuf,
-        /// The container.
+        /// The first container.
         container: Box<Container>,
     },
 }
@@ -372,7 +372,11 @@ impl GuestSpec {
             RootFs::Share { .. } => Vec::new(),
         };
         let of_containers = match &self.root_fs {
-            RootFs::Share { path, .. } => Some(ShareConfig::of(path.clone(), CONTAINERS_TAG.to_owned())),
+            // More containers may follow.
+            RootFs::Share { path, .. } => {
+                let share = ShareConfig::of(path.clone(), CONTAINERS_TAG.to_owned());
+                Some(ShareConfig { follows_mounts: true, ..share })
+            }
             RootFs::Image { .. } | RootFs::Disk { .. } => None,
         };
         // A waiting machine has no others.

@@ -71,9 +71,12 @@ impl Cgroup {
             inherit_cpus(dir);
         }
         self.limit(resources, memory_mib)?;
-        self.dirs.iter().try_for_each(|dir| {
-            fs::write(dir.join("cgroup.procs"), "0").with_context(|| format!("enter the cgroup {}", dir.display()))
-        })
+        self.dirs.iter().try_for_each(|dir| enter(dir, 0))
+    }
+
+    /// Moves these processes there as well.
+    pub fn add(&self, pids: impl IntoIterator<Item = u32>) -> Result<()> {
+        pids.into_iter().try_for_each(|pid| self.dirs.iter().try_for_each(|dir| enter(dir, pid)))
     }
 
     /// Sets the limits that `resources` has; negative ones are none. Memory is that of the whole machine, which has `memory_mib`: the
@@ -90,13 +93,7 @@ impl Cgroup {
         let quota = quota.map(|quota| if quota < 0 { none.to_owned() } else { quota.to_string() });
         let cpus = Some(cpu.cpus.clone()).filter(|cpus| !cpus.is_empty());
         let values: Vec<(&str, Option<String>)> = if self.is_v2 {
-            let shares = cpu.shares.filter(|shares| *shares > 1);
-            vec![
-                ("memory.max", memory),
-                ("cpu.max", quota.map(|quota| format!("{quota} {period}"))),
-                ("cpu.weight", shares.map(|shares| weight(shares).to_string())),
-                ("cpuset.cpus", cpus),
-            ]
+            vec![("memory.max", memory), ("cpu.max", cpu.max()), ("cpu.weight", cpu.weight()), ("cpuset.cpus", cpus)]
         } else {
             vec![
                 ("memory.limit_in_bytes", memory),
@@ -138,6 +135,11 @@ impl Cgroup {
     }
 }
 
+/// Moves the process `pid`, or this one if that is 0, to the cgroup `dir`.
+fn enter(dir: &Path, pid: u32) -> Result<()> {
+    fs::write(dir.join("cgroup.procs"), pid.to_string()).with_context(|| format!("enter the cgroup {}", dir.display()))
+}
+
 fn processes(dir: &Path) -> impl Iterator<Item = Pid> + use<> {
     let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     let pids: Vec<Pid> = text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect();
@@ -152,12 +154,6 @@ fn remove_children(dir: &Path) {
         remove_children(&child);
         let _ = fs::remove_dir(child);
     }
-}
-
-/// cpu.weight for these shares, as runc and crun convert them.
-fn weight(shares: u64) -> u64 {
-    let shares = shares.clamp(2, 262_144);
-    1 + (shares - 2) * 9999 / 262_142
 }
 
 /// Lets the cgroups above `dir` have the controllers that limits need, as far as their owners allow it.
@@ -249,10 +245,5 @@ mod tests {
         assert!(Cgroup::of("/a/../../etc", false).is_err() && Cgroup::of("a//b", false).is_err());
         let cgroup = Cgroup::of("/machine/abc", false).unwrap().unwrap();
         assert!(cgroup.dirs.iter().all(|dir| dir.starts_with(ROOT) && dir.ends_with("machine/abc")));
-    }
-
-    #[test]
-    fn shares_become_a_weight() {
-        assert_eq!([2, 1024, 262_144].map(weight), [1, 39, 10_000]);
     }
 }

@@ -16,6 +16,8 @@ pub const FILE: &str = "config.json";
 pub const VERSION: &str = "1.1.0";
 /// No engine writes files of this size.
 const BYTES_MAX: u64 = 16 << 20;
+/// The CFS period if a configuration has none.
+pub const PERIOD_US: u64 = 100_000;
 
 /// The configuration of a container. What is not known is ignored, as the specification demands.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -273,6 +275,21 @@ pub struct Pids {
     pub limit: i64,
 }
 
+impl Cpu {
+    /// The time in each period as cpu.max of cgroup v2 has it.
+    pub fn max(&self) -> Option<String> {
+        let period = self.period.filter(|period| *period > 0).unwrap_or(PERIOD_US);
+        let quota = self.quota.filter(|quota| *quota != 0)?;
+        Some(if quota < 0 { format!("max {period}") } else { format!("{quota} {period}") })
+    }
+
+    /// The weight as cpu.weight of cgroup v2 has it, converted as runc and crun do.
+    pub fn weight(&self) -> Option<String> {
+        let shares = self.shares.filter(|shares| *shares > 1)?.clamp(2, 262_144);
+        Some((1 + (shares - 2) * 9999 / 262_142).to_string())
+    }
+}
+
 impl Config {
     /// Reads the configuration at `path`.
     pub fn read(path: &Path) -> Result<Config> {
@@ -303,4 +320,20 @@ fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
     File::open(path).and_then(|file| file.take(BYTES_MAX + 1).read_to_end(&mut json)).with_context(what)?;
     ensure!(json.len() as u64 <= BYTES_MAX, "read {}: it exceeds {} MiB", path.display(), BYTES_MAX >> 20);
     serde_json::from_slice(&json).with_context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_a_weight_and_a_quota_a_maximum() {
+        let weight = |shares| Cpu { shares: Some(shares), ..Cpu::default() }.weight().unwrap_or_default();
+        assert_eq!([1, 2, 1024, 262_144].map(weight), ["", "1", "39", "10000"]);
+        let max = |quota, period| Cpu { quota: Some(quota), period, ..Cpu::default() }.max().unwrap_or_default();
+        assert_eq!(
+            [max(0, None), max(-1, None), max(5, Some(0)), max(5, Some(9))],
+            ["", "max 100000", "5 100000", "5 9"]
+        );
+    }
 }

@@ -11,12 +11,16 @@ use husk_protocol::{
 use rustix::fs::{major, minor, statfs};
 
 use super::config::{self, Config};
+use super::machine::guest_limits;
+use super::pod::Pod;
 use crate::guest::{capability, process};
 
-/// The directory of the share with the root file system.
+/// The directory of a container's part of the share with the root file system.
 pub const ROOTFS: &str = "rootfs";
-/// The directory of the share with what is mounted in it, by number.
+/// The directory of it with what is mounted there, by number.
 pub const MOUNTS: &str = "mounts";
+/// TMPFS_MAGIC (linux/magic.h)
+pub const TMPFS: u64 = 0x0102_1994;
 /// The namespaces that a container has in its guest, with their flags.
 const NAMESPACES: [(&str, i32); 5] = [
     ("pid", libc::CLONE_NEWPID),
@@ -49,7 +53,7 @@ const PROPAGATIONS: [&str; 9] =
 pub struct Bind {
     /// Its path, relative to the bundle.
     pub source: std::path::PathBuf,
-    /// The path in the share.
+    /// The path in the container's part of the share.
     pub place: String,
     /// Whether it is read-only.
     pub readonly: bool,
@@ -57,26 +61,30 @@ pub struct Bind {
     pub is_recursive: bool,
 }
 
-/// The container `id` of `config`, whose bundle is `bundle`, and what is shared for it.
-pub fn container(id: &str, config: &Config, bundle: &Path) -> Result<(Container, Vec<Bind>)> {
+/// The container `id` of `config`, whose bundle is `bundle`, and what is shared for it. `pod` is what it has in common with others
+/// of a machine that exists.
+pub fn container(id: &str, config: &Config, bundle: &Path, pod: Option<&Pod>) -> Result<(Container, Vec<Bind>)> {
     let mut container = Container {
         id: id.to_owned(),
-        root: ROOTFS.to_owned(),
+        root: format!("{id}/{ROOTFS}"),
         readonly: config.root.readonly,
-        namespaces: namespaces(config)?,
+        namespaces: namespaces(config, pod)?,
+        joined: pod.map(Pod::joined).unwrap_or_default(),
         hostname: config.hostname.clone(),
         domainname: config.domainname.clone(),
         masked_paths: config.linux.masked_paths.iter().map(|path| path.clone().into_bytes()).collect(),
         readonly_paths: config.linux.readonly_paths.iter().map(|path| path.clone().into_bytes()).collect(),
         sysctls: config.linux.sysctl.iter().map(|(name, value)| (name.clone(), value.clone())).collect(),
-        processes_max: u64::try_from(config.linux.resources.pids.limit).ok().filter(|limit| *limit > 0),
+        limits: guest_limits(&config.linux.resources, pod.is_some()),
         ..Container::default()
     };
+    // A cgroup begins without any.
+    container.limits.retain(|(_, value)| !value.starts_with("max"));
     let mut binds = Vec::new();
     for mount in &config.mounts {
         let what = || format!("mount {}", mount.destination);
         ensure!(mount.destination.starts_with('/'), "{}: its destination is not absolute", what());
-        match translate(mount, bundle, binds.len()).with_context(what)? {
+        match translate(mount, bundle, id, binds.len()).with_context(what)? {
             Translated::FileSystem(mount) => container.mounts.push(mount),
             Translated::Bind(mount, bind) => {
                 container.mounts.push(mount);
@@ -91,13 +99,15 @@ pub fn container(id: &str, config: &Config, bundle: &Path) -> Result<(Container,
     Ok((container, binds))
 }
 
-fn namespaces(config: &Config) -> Result<u32> {
+fn namespaces(config: &Config, pod: Option<&Pod>) -> Result<u32> {
+    let is_joined = |name: &str| pod.is_some_and(|pod| pod.namespaces.iter().any(|joined| joined.kind == name));
     let of_another = |kind: &&config::Namespace| {
-        !kind.path.as_os_str().is_empty() && NAMESPACES.iter().any(|(name, _)| *name == kind.kind)
+        let is_guests = NAMESPACES.iter().any(|(name, _)| *name == kind.kind);
+        !kind.path.as_os_str().is_empty() && is_guests && !is_joined(&kind.kind)
     };
     if let Some(namespace) = config.linux.namespaces.iter().find(of_another) {
         bail!(
-            "the {} namespace of another container ({}): a machine does not share it",
+            "the {} namespace {} is none of a running container of husk's: a machine does not share it",
             namespace.kind,
             namespace.path.display()
         );
@@ -106,7 +116,7 @@ fn namespaces(config: &Config) -> Result<u32> {
         config.namespace("user").is_none() && config.linux.uid_mappings.is_empty(),
         "user namespaces are not supported: a machine separates users by itself"
     );
-    let own = NAMESPACES.iter().filter(|(kind, _)| config.namespace(kind).is_some());
+    let own = NAMESPACES.iter().filter(|(kind, _)| config.namespace(kind).is_some() && !is_joined(kind));
     let flags = own.fold(0, |all, (_, flag)| all | flag.unsigned_abs());
     // The machine has one root, which is not the container's.
     Ok(flags | libc::CLONE_NEWNS.unsigned_abs())
@@ -127,7 +137,7 @@ enum Translated {
     Device(Device),
 }
 
-fn translate(mount: &config::Mount, bundle: &Path, number: usize) -> Result<Translated> {
+fn translate(mount: &config::Mount, bundle: &Path, id: &str, number: usize) -> Result<Translated> {
     let (flags, data) = options(&mount.options)?;
     let target = mount.destination.clone().into_bytes();
     if flags & libc::MS_BIND == 0 && mount.kind != "bind" {
@@ -146,19 +156,19 @@ fn translate(mount: &config::Mount, bundle: &Path, number: usize) -> Result<Tran
         return Ok(Translated::FileSystem(mount));
     }
     let place = format!("{MOUNTS}/{number}");
+    let source = MountSource::Share(format!("{id}/{place}"));
     let bind = Bind {
         source: path,
-        place: place.clone(),
+        place,
         readonly: flags & libc::MS_RDONLY != 0,
         is_recursive: flags & libc::MS_REC != 0 || mount.kind == "bind" && flags & libc::MS_BIND == 0,
     };
-    Ok(Translated::Bind(Mount { target, source: MountSource::Share(place), flags: flags & !libc::MS_BIND }, bind))
+    Ok(Translated::Bind(Mount { target, source, flags: flags & !libc::MS_BIND }, bind))
 }
 
-/// A file system of an engine's for the container's shared memory, which in a machine is its own.
+/// A file system of an engine's for the shared memory of a container or a pod, which in a machine is memory of the guest: of that name, for
+/// whoever has the same.
 fn shared_memory(mount: &config::Mount, path: &Path, flags: u64) -> Option<Mount> {
-    /// TMPFS_MAGIC
-    const TMPFS: u64 = 0x0102_1994;
     let is_engines = mount.destination == "/dev/shm" && path != Path::new("/dev/shm");
     let found = is_engines.then(|| statfs(path).ok()).flatten()?;
     if found.f_type as u64 != TMPFS {
@@ -166,7 +176,8 @@ fn shared_memory(mount: &config::Mount, path: &Path, flags: u64) -> Option<Mount
     }
     let bytes = found.f_blocks.saturating_mul(u64::try_from(found.f_bsize).ok()?);
     let size = if bytes == 0 { String::new() } else { format!(",size={bytes}") };
-    let source = MountSource::FileSystem { kind: "tmpfs".into(), options: format!("mode=1777{size}") };
+    let name = format!("shm{}", fs::metadata(path).ok()?.dev());
+    let source = MountSource::Memory { name, options: format!("mode=1777{size}") };
     Some(Mount {
         target: mount.destination.clone().into_bytes(),
         source,
@@ -292,9 +303,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("hosts"), "").unwrap();
         let config = Config::parse(CONFIG.as_bytes()).unwrap();
-        let (container, binds) = container("c", &config, dir.path()).unwrap();
+        let (container, binds) = container("c", &config, dir.path(), None).unwrap();
         assert_eq!(container.namespaces, (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u32);
-        assert!(container.readonly && container.hostname == "box" && container.processes_max == Some(20));
+        assert!(
+            container.readonly
+                && container.hostname == "box"
+                && container.limits == [("pids.max".to_owned(), "20".to_owned())]
+        );
         let plain = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV;
         let kinds: Vec<_> = container.mounts.iter().map(|mount| (mount.source.clone(), mount.flags)).collect();
         let file_system =
@@ -304,7 +319,7 @@ mod tests {
             [
                 (file_system("proc", ""), plain),
                 (file_system("tmpfs", "size=1m,mode=755,tmpcopyup"), 0),
-                (MountSource::Share("mounts/0".into()), libc::MS_RDONLY),
+                (MountSource::Share("c/mounts/0".into()), libc::MS_RDONLY),
             ]
         );
         let [bind] = &binds[..] else { panic!("{binds:?}") };
@@ -332,7 +347,7 @@ mod tests {
         let refused = |json: &str| {
             let config = Config::parse(json.as_bytes()).unwrap();
             let process = config.process.as_ref().map_or(Ok(()), |config| process(config, None).map(drop));
-            format!("{:#}", process.and(container("c", &config, Path::new("/")).map(drop)).unwrap_err())
+            format!("{:#}", process.and(container("c", &config, Path::new("/"), None).map(drop)).unwrap_err())
         };
         for (json, word) in [
             (r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#, "pid namespace"),

@@ -3,7 +3,8 @@
 //! ```text
 //! ROOT/ID/state.json    what was created, and its process on the host; replaced atomically
 //! ROOT/ID/config.json   the configuration at that time
-//! ROOT/ID/share/        where the machine's share is assembled
+//! ROOT/ID/share/        where the share of its machine is assembled, if that is its own
+//! ROOT/ID/start         where it waits to be started, if it is not the first of its machine
 //! ```
 
 use std::collections::BTreeMap;
@@ -20,6 +21,8 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::config::{self, Config};
+use super::gate;
+use super::pod::Pod;
 use crate::state_dir::record::State as MachineState;
 use crate::state_dir::{MachineEntry, StateDir};
 
@@ -56,10 +59,22 @@ pub struct State {
     pub annotations: BTreeMap<String, String>,
     /// Whether its cgroup is systemd's.
     pub systemd_cgroup: bool,
+    /// Whether it is to have none of its own.
+    #[serde(default)]
+    pub no_cgroup: bool,
     /// Whether it has entered its cgroup, which then ends with it.
     pub has_cgroup: bool,
+    /// Whether its process on the host has its cgroup, or does without one.
+    #[serde(default)]
+    pub is_placed: bool,
     /// Its process on the host, once there is one.
     pub process: Option<ProcessId>,
+    /// What it has in common with others, if its machine is that of another container.
+    #[serde(default)]
+    pub pod: Option<Pod>,
+    /// Whether its processes are paused. A container that has its machine for itself pauses that.
+    #[serde(default)]
+    pub is_frozen: bool,
     /// The ID of its machine, once there is one.
     pub machine: Option<String>,
     /// The state directory of its machine.
@@ -169,15 +184,9 @@ impl Root {
 
     /// The same when `process` is known as the container's process, which is after it has started.
     pub fn wait_for(&self, id: &str, process: u32) -> Result<(Dir, State)> {
-        let until = Instant::now() + CREATION_TIMEOUT;
-        loop {
-            let (dir, state) = self.open(id)?;
-            if state.process.is_some_and(|known| known.pid == process) {
-                return Ok((dir, state));
-            }
-            ensure!(Instant::now() < until, "the creator has not noted this process");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let (dir, _) = self.open(id)?;
+        let state = dir.wait_until(|state| state.process.is_some_and(|known| known.pid == process))?;
+        Ok((dir, state))
     }
 
     /// All containers, by their IDs.
@@ -199,6 +208,11 @@ impl Root {
 }
 
 impl Dir {
+    /// The path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where the machine's share is assembled.
     pub fn share(&self) -> PathBuf {
         self.path.join(SHARE)
@@ -219,6 +233,19 @@ impl Dir {
         let path = self.path.join(FILE);
         let json = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_slice(&json).with_context(|| format!("read {}", path.display()))
+    }
+
+    /// The same once it is so.
+    pub fn wait_until(&self, is_so: impl Fn(&State) -> bool) -> Result<State> {
+        let until = Instant::now() + CREATION_TIMEOUT;
+        loop {
+            let state = self.state()?;
+            if is_so(&state) {
+                return Ok(state);
+            }
+            ensure!(Instant::now() < until, "the container's other process does not go on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Replaces what is known.
@@ -271,13 +298,21 @@ impl State {
         StateDir::at(self.machines.clone())?.find(id)
     }
 
-    /// The container's status.
-    pub fn status(&self) -> Status {
+    /// The status of this container, whose directory is `dir`.
+    pub fn status(&self, dir: &Dir) -> Status {
         let Some(process) = self.process else { return Status::Creating };
         if !process.is_alive() {
             return Status::Stopped;
         }
         match self.machine().map(|machine| machine.state()) {
+            Ok(MachineState::Starting | MachineState::Running { .. }) if self.is_frozen => Status::Paused,
+            Ok(MachineState::Starting | MachineState::Running { .. }) if self.pod.is_some() => {
+                if gate::is_shut(dir) {
+                    Status::Created
+                } else {
+                    Status::Running
+                }
+            }
             Ok(MachineState::Running { .. }) => Status::Running,
             Ok(MachineState::Paused { .. }) => Status::Paused,
             Ok(MachineState::Starting) if self.machine.is_some() => Status::Created,
@@ -316,8 +351,12 @@ mod tests {
             created: "2024-01-01T00:00:00Z".into(),
             annotations: BTreeMap::new(),
             systemd_cgroup: false,
+            no_cgroup: false,
             has_cgroup: false,
+            is_placed: false,
             process: None,
+            pod: None,
+            is_frozen: false,
             machine: None,
             machines: "/run/husk".into(),
         }
@@ -352,9 +391,10 @@ mod tests {
         while process.is_alive() {
             std::thread::yield_now();
         }
-        assert_eq!(State { process: Some(process), ..state() }.status(), Status::Stopped);
+        let dir = Dir { path: "/none".into() };
+        assert_eq!(State { process: Some(process), ..state() }.status(&dir), Status::Stopped);
         child.wait().unwrap();
-        assert_eq!(state().status(), Status::Creating);
+        assert_eq!(state().status(&dir), Status::Creating);
         assert_eq!(state().to_json(Status::Creating)["status"], "creating");
     }
 }

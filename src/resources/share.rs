@@ -37,14 +37,14 @@ pub struct Opening {
 /// Opens what `config` names, and starts its server, confined if the machine `is_confined`. `known` is what the guest of a machine
 /// that is restored knows of it, and `files_max` the server's share of [`process::FILES_MAX`].
 pub fn open(config: &ShareConfig, known: Option<File>, files_max: u64, is_confined: bool) -> Result<Opening> {
-    let ShareConfig { path, tag, readonly, cache } = config;
+    let ShareConfig { path, tag, readonly, cache, follows_mounts } = config;
     let what = || format!("share {}", path.display());
     let path = path.canonicalize().with_context(what)?;
     let file = folder::open_path(&path).with_context(what)?;
     let kind = file.metadata().with_context(what)?.file_type();
     ensure!(kind.is_dir() || kind.is_file(), "{}: only folders and regular files can be shared", what());
     let file_name = kind.is_file().then_some(SHARED_FILE);
-    let folder = Folder { path, fd: file.into(), file_name, readonly: *readonly };
+    let folder = Folder { path, fd: file.into(), file_name, readonly: *readonly, follows_mounts: *follows_mounts };
     let options = Options { readonly: *readonly, cache: *cache };
     let known = known.map(|file| read_known(&file)).transpose().with_context(what)?;
     let server = process::start(folder, options, files_max, is_confined, known.as_deref()).with_context(what)?;

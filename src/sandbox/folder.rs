@@ -17,7 +17,7 @@ use landlock::{
     RulesetStatus, Scope,
 };
 use rustix::fs::{CWD, Mode, OFlags, Stat, fstat, open, openat};
-use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, move_mount, open_tree, unmount};
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
@@ -44,6 +44,8 @@ pub struct Folder {
     pub file_name: Option<&'static str>,
     /// Whether nothing in it may be changed.
     pub readonly: bool,
+    /// Whether what is mounted in it later, in the namespace of this process's parent, is to be there as well.
+    pub follows_mounts: bool,
 }
 
 impl Folder {
@@ -119,8 +121,17 @@ fn own_root(folder: &Folder) -> Result<(OwnedFd, OwnedFd)> {
     };
     // Landlock does not cover modes, owners and attributes.
     mounts::restrict(&root, folder.readonly).context("restrict the mount of the shared folder")?;
-    rustix::process::fchdir(&root)?;
-    rustix::process::chroot(".").context("change the root directory")?;
+    if folder.follows_mounts {
+        // A mount that is attached nowhere receives none.
+        move_mount(&root, "", CWD, &folder.path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .context("attach the mount of the shared folder")?;
+        rustix::process::fchdir(&root)?;
+        rustix::process::pivot_root(".", ".").context("change the root of the mount namespace")?;
+        unmount(".", UnmountFlags::DETACH).context("leave the host's root")?;
+    } else {
+        rustix::process::fchdir(&root)?;
+        rustix::process::chroot(".").context("change the root directory")?;
+    }
     rustix::process::chdir("/")?;
     Ok((root, descriptors))
 }

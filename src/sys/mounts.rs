@@ -4,23 +4,30 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+/// What no mount of a share allows: devices, set-user-ID bits and execution.
+const RESTRICTIONS: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+
 /// Takes from the mount `root`, and from all below it, devices, set-user-ID bits and execution; and writing, if `readonly`. The
 /// mount must be this process's own. Does nothing on a kernel without this call (Linux 5.12).
 pub fn restrict(root: impl AsFd, readonly: bool) -> io::Result<()> {
-    let restrictions = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
-    let attributes = libc::mount_attr {
-        attr_set: restrictions | if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 },
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
+    let readonly = if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    set(root, RESTRICTIONS | readonly, libc::AT_RECURSIVE)
+}
+
+/// Makes the mount `root` read-only, but not those below it.
+pub fn make_readonly(root: impl AsFd) -> io::Result<()> {
+    set(root, libc::MOUNT_ATTR_RDONLY, 0)
+}
+
+fn set(root: impl AsFd, attr_set: u64, flags: libc::c_int) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 };
     // SAFETY: the path is a string that ends with a NUL, and the size is that of the attributes, which are only read.
     let status = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             root.as_fd().as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            libc::AT_EMPTY_PATH | flags,
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )

@@ -9,6 +9,7 @@ mod docker;
 mod engine;
 mod life;
 mod network;
+mod pod;
 mod podman;
 
 use std::fs;
@@ -23,9 +24,9 @@ use tempfile::TempDir;
 
 /// Longer than anything here takes, even emulated on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(120);
-const APPLETS: [&str; 23] = [
+const APPLETS: [&str; 24] = [
     "sh", "ls", "cat", "id", "echo", "sleep", "mount", "ps", "touch", "stat", "hostname", "kill", "tty", "mkdir",
-    "grep", "ip", "ping", "nproc", "env", "nc", "printf", "true", "test",
+    "grep", "ip", "ping", "nproc", "env", "nc", "printf", "readlink", "true", "test",
 ];
 
 /// Starts a test that needs root and guests.
@@ -114,12 +115,18 @@ impl Runtime {
 
     /// Creates a container, whose output goes to the file `output`.
     fn create(&self, id: &str) -> Ended {
-        let output = fs::File::create(self.path("output")).unwrap();
+        self.create_with_output(id, "output")
+    }
+
+    /// The same with another name for the file.
+    fn create_with_output(&self, id: &str, name: &str) -> Ended {
+        let output = fs::File::create(self.path(name)).unwrap();
         let mut command = self.command(&["create", "--pid-file", "../pid", id]);
         // As with an engine, the streams are the container's.
         command.stdout(output.try_clone().unwrap()).stderr(output);
         let code = command.status().unwrap().code();
-        Ended { code, output: self.output(), errors: self.output() }
+        let printed = fs::read_to_string(self.path(name)).unwrap();
+        Ended { code, output: printed.clone(), errors: printed }
     }
 
     fn output(&self) -> String {

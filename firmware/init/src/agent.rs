@@ -12,6 +12,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 use crate::connection::{self, PendingConnection};
+use crate::container::Containers;
 use crate::report;
 use crate::session::{Session, World};
 use crate::setup::Prepared;
@@ -31,6 +32,7 @@ struct Agent {
     /// The main session is the first.
     main: Session,
     others: Vec<Session>,
+    containers: Containers,
     /// `None` if the machine could not be prepared.
     prepared: Option<Prepared>,
     /// When all processes were killed, after the main one exited.
@@ -44,7 +46,7 @@ pub fn listen() -> Option<OwnedFd> {
 }
 
 /// Serves the main session, and those that the host opens through `listener`, until the machine ends.
-pub fn run(main: Session, prepared: Option<Prepared>, listener: Option<OwnedFd>) -> ! {
+pub fn run(main: Session, containers: Containers, prepared: Option<Prepared>, listener: Option<OwnedFd>) -> ! {
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
     let children = set
@@ -54,7 +56,7 @@ pub fn run(main: Session, prepared: Option<Prepared>, listener: Option<OwnedFd>)
         .ok();
     crate::pressure::watch();
     let (pending, others) = (Vec::new(), Vec::new());
-    let mut agent = Agent { children, listener, pending, main, others, prepared, killed_at: None };
+    let mut agent = Agent { children, listener, pending, main, others, containers, prepared, killed_at: None };
     agent.serve();
     if let Some(kept) = agent.prepared.and_then(|prepared| prepared.kept) {
         kept.settle();
@@ -67,7 +69,7 @@ impl Agent {
         loop {
             self.reap();
             let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
-            self.main.advance(World { hostname, container: None });
+            self.main.advance(&mut World { hostname, containers: &mut self.containers });
             self.change();
             if self.main.is_cut()
                 && let Err(failure) = self.main.reconnect()
@@ -103,12 +105,18 @@ impl Agent {
         self.read_hellos();
         self.admit();
         let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
-        let world = World { hostname, container: self.main.container() };
+        let mut world = World { hostname, containers: &mut self.containers };
         for session in &mut self.others {
-            session.advance(world);
+            session.advance(&mut world);
         }
         let before = self.others.len();
-        self.others.retain(|session| !session.is_over());
+        self.others.retain(|session| {
+            let is_over = session.is_over();
+            if is_over {
+                session.clean_up();
+            }
+            !is_over
+        });
         self.others.len() < before
     }
 
@@ -117,9 +125,9 @@ impl Agent {
         let all_gone = loop {
             match sys::reap() {
                 Ok(Some((pid, ended))) => {
-                    self.main.note_end(pid, ended);
+                    self.main.note_end(pid, ended, &mut self.containers);
                     for session in &mut self.others {
-                        if session.note_end(pid, ended) {
+                        if session.note_end(pid, ended, &mut self.containers) {
                             // Processes that it left behind may continue and hold its pipes open.
                             session.expect_no_more_output();
                         }
@@ -232,7 +240,20 @@ mod tests {
         guest.set_nonblocking(true).unwrap();
         let main = Session::accepted(MAIN_SESSION, guest.into());
         let (pending, others) = (Vec::new(), Vec::new());
-        (Agent { children: None, listener: None, pending, main, others, prepared: None, killed_at: None }, host)
+        let containers = Containers::default();
+        (
+            Agent {
+                children: None,
+                listener: None,
+                pending,
+                main,
+                others,
+                containers,
+                prepared: None,
+                killed_at: None,
+            },
+            host,
+        )
     }
 
     #[test]

@@ -1,7 +1,10 @@
-//! Cgroups of processes whose number is limited (Documentation/admin-guide/cgroup-v2.rst).
+//! Cgroups of processes that are limited together (Documentation/admin-guide/cgroup-v2.rst): those of the machine's process, and those
+//! of each container.
 
+use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use husk_protocol::Container;
 
@@ -15,12 +18,8 @@ const DIR: &str = "/sys/fs/cgroup/machine";
 /// Sets the maximum number of processes and threads in the cgroup together, which is created if necessary.
 pub fn limit_processes(max: u32) -> Result<(), Failure> {
     make_dir(DIR)?;
-    set_processes_max(DIR, max.into()).context("limit the number of processes (the kernel needs CONFIG_CGROUP_PIDS)")
-}
-
-fn set_processes_max(dir: &str, max: u64) -> io::Result<()> {
-    fs::write(format!("{ROOT}/cgroup.subtree_control"), "+pids")?;
-    fs::write(format!("{dir}/pids.max"), max.to_string())
+    let set = write_limit(Path::new(DIR), "pids.max", &max.to_string());
+    set.context("limit the number of processes (the kernel needs CONFIG_CGROUP_PIDS)")
 }
 
 /// Moves this process to the cgroup.
@@ -28,29 +27,78 @@ pub fn join() -> io::Result<()> {
     fs::write(format!("{DIR}/cgroup.procs"), "0")
 }
 
-fn container(id: &str) -> String {
-    format!("{ROOT}/container-{id}")
+/// Writes a file of the cgroup `dir`, whose controller is enabled if it is one's.
+fn write_limit(dir: &Path, name: &str, value: &str) -> io::Result<()> {
+    if let Some((controller, _)) = name.split_once('.').filter(|(controller, _)| *controller != "cgroup") {
+        fs::write(format!("{ROOT}/cgroup.subtree_control"), format!("+{controller}"))?;
+    }
+    fs::write(dir.join(name), value)
 }
 
-/// Creates the cgroup of a container with its limit of processes, which the kernel may not support.
+fn container(id: &str) -> PathBuf {
+    PathBuf::from(format!("{ROOT}/container-{id}"))
+}
+
+/// Creates the cgroup of a container with its limits, which the kernel may not support.
 pub fn create_container(container: &Container) {
     let dir = self::container(&container.id);
-    if fs::create_dir(&dir).is_err() {
+    // One that an earlier container of that name has left is empty.
+    if let Err(error) = fs::create_dir(&dir)
+        && error.kind() != io::ErrorKind::AlreadyExists
+    {
         return;
     }
-    if let Some(max) = container.processes_max
-        && let Err(error) = set_processes_max(&dir, max)
-    {
-        report::say(&format!("set pids.max of the container: {error}"));
+    for (name, value) in &container.limits {
+        if let Err(error) = write_limit(&dir, name, value) {
+            report::say(&format!("set {name} of the container to {value}: {error}"));
+        }
     }
 }
 
 /// Moves this process to the cgroup of a container, if there is one.
 pub fn join_container(id: &str) {
-    let _ = fs::write(format!("{}/cgroup.procs", container(id)), "0");
+    let _ = fs::write(container(id).join("cgroup.procs"), "0");
 }
 
-/// Removes the cgroup of a container, whose processes have ended.
+/// Kills all processes of a container.
+pub fn kill_container(id: &str) {
+    let _ = fs::write(container(id).join("cgroup.kill"), "1");
+}
+
+/// Removes the cgroup of a container, if its processes have ended.
 pub fn remove_container(id: &str) {
     let _ = fs::remove_dir(container(id));
+}
+
+/// Whether the process `pid` is in the cgroup of a container, or below.
+pub fn has_process(id: &str, pid: u32) -> bool {
+    let place = format!("0::/container-{id}");
+    let of_process = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    of_process
+        .lines()
+        .any(|line| line.strip_prefix(&place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+}
+
+/// Prints files of a container's cgroup. `words` are its ID and their names. Returns the exit code.
+pub fn print(words: impl Iterator<Item = OsString>) -> i32 {
+    with_files(words, |dir, name| {
+        let text = fs::read_to_string(dir.join(name)).map_err(|error| format!("read {name}: {error}"))?;
+        let lines: String = text.lines().map(|line| format!("{name} {line}\n")).collect();
+        io::stdout().write_all(lines.as_bytes()).map_err(|error| error.to_string())
+    })
+}
+
+/// Writes files of a container's cgroup. `words` are its ID and `NAME=VALUE`. Returns the exit code.
+pub fn change(words: impl Iterator<Item = OsString>) -> i32 {
+    with_files(words, |dir, word| {
+        let (name, value) = word.split_once('=').ok_or("no value")?;
+        write_limit(dir, name, value).map_err(|error| format!("set {name} to {value}: {error}"))
+    })
+}
+
+fn with_files(mut words: impl Iterator<Item = OsString>, act: impl Fn(&Path, &str) -> Result<(), String>) -> i32 {
+    let id = words.next().unwrap_or_default();
+    let dir = container(&id.to_string_lossy());
+    let failed = words.filter_map(|word| act(&dir, &word.to_string_lossy()).err()).inspect(|why| eprintln!("{why}"));
+    i32::from(failed.count() > 0)
 }

@@ -8,12 +8,13 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::fchown;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use husk_protocol::{Container, Process};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, ForkResult, Pid, access, ttyname};
 
-use crate::container::{self, Member};
+use crate::container::{self, Containers, Member};
 use crate::errors::{Context, Failure};
 use crate::identity::Identity;
 use crate::process::{self, Program, Stage, Started, Streams};
@@ -25,6 +26,8 @@ use crate::{cgroup, sys};
 const READY: u8 = 0;
 const GO: u8 = 1;
 const MESSAGE_BYTES_MAX: u64 = 4096;
+/// How long a child may take to get ready. Its container may be frozen, or its files on a host that hangs, and init has others to serve.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A process that waits to be told to execute its program. If this is dropped, it exits.
 pub struct Waiting {
@@ -33,16 +36,33 @@ pub struct Waiting {
 
 /// What a child enters.
 enum Entrance<'a> {
-    New(&'a Container),
+    New(&'a Container, &'a Containers),
     Member(&'a Member),
 }
 
-/// Creates a container with its first process.
-pub fn create(container: &Container, process: &Process) -> Result<(Started, Waiting), Failure> {
+/// Creates a container with its first process, and adds it to the others.
+pub fn create(
+    container: &Container,
+    process: &Process,
+    containers: &mut Containers,
+) -> Result<(Started, Waiting), Failure> {
+    const PIDS: u32 = libc::CLONE_NEWPID as u32;
+    containers.expect_free(&container.id)?;
+    let shared = container.joined.iter().find(|joined| joined.namespaces & PIDS != 0);
+    let shared = shared.map(|joined| containers.find(&joined.container)).transpose()?;
+    container::provide_memory(container)?;
     cgroup::create_container(container);
-    let own_pids = container.namespaces & libc::CLONE_NEWPID as u32;
-    let split = || sys::unshare(own_pids).context("create a PID namespace");
-    start(process, &Entrance::New(container), split)
+    let split = || match shared {
+        Some(member) => member.adopt_children(),
+        None => sys::unshare(container.namespaces & PIDS).context("create a PID namespace"),
+    };
+    let created = start(process, &Entrance::New(container, containers), split).and_then(|(started, waiting)| {
+        let member = Member::new(&container.id, started.pid)?;
+        Ok((started, waiting, member))
+    });
+    let (started, waiting, member) = created.inspect_err(|_| cgroup::remove_container(&container.id))?;
+    containers.add(member);
+    Ok((started, waiting))
 }
 
 /// Starts a process in a container. Returns when the program is running or has failed to start.
@@ -82,7 +102,10 @@ fn start(
     back?;
     drop((streams, theirs));
     let waiting = Waiting { child: ours };
-    let terminal = waiting.await_ready(started.pid)?;
+    let terminal = waiting.await_ready(started.pid).inspect_err(|_| {
+        // It may not have noticed.
+        let _ = sys::send_signal(started.pid, libc::SIGKILL as u8);
+    })?;
     terminal.map_or(Ok(()), |master| started.use_terminal(process, master))?;
     Ok((started, waiting))
 }
@@ -96,6 +119,7 @@ impl Waiting {
     /// Waits until the child is ready. Returns our end of its terminal, if it has one.
     fn await_ready(&self, pid: Pid) -> Result<Option<OwnedFd>, Failure> {
         let mut answer = [0];
+        self.child.set_read_timeout(Some(READY_TIMEOUT)).context("set up a socket")?;
         (&self.child).read_exact(&mut answer).map_err(|_| Failure::new("the process has ended before it was ready"))?;
         if answer != [READY] {
             return Err(self.reason(answer[0]));
@@ -149,7 +173,7 @@ fn prepare(
     mut parent: &UnixStream,
 ) -> Result<(Identity, Streams, Program), Failure> {
     match entrance {
-        Entrance::New(container) => container::enter(container, process.terminal.is_some())?,
+        Entrance::New(container, others) => container::enter(container, others, process.terminal.is_some())?,
         Entrance::Member(member) => member.join()?,
     }
     let identity = process::identify(process)?;
@@ -164,7 +188,7 @@ fn prepare(
     let (master, streams) = match (process.terminal, streams) {
         (Some(size), _) => {
             let (master, streams) = process::open_terminal(size, identity.uid)?;
-            if let (Entrance::New(_), Ok(name)) = (entrance, ttyname(&streams.stdin)) {
+            if let (Entrance::New(..), Ok(name)) = (entrance, ttyname(&streams.stdin)) {
                 container::set_console(&name);
             }
             (Some(master), streams)

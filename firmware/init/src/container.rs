@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use husk_protocol::{Container, Device, Mount, MountSource};
+use husk_protocol::{Container, Device, Joined, Mount, MountSource};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{Pid, chdir, pivot_root, sethostname};
@@ -25,6 +25,10 @@ const NONE: Option<&str> = None;
 /// The namespaces that [`Member::join`] joins.
 const NAMESPACES: u32 =
     (libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWPID | libc::CLONE_NEWCGROUP) as u32;
+/// The namespace that a process gets when it is made, and not later.
+const MADE_BY_FORK: u32 = libc::CLONE_NEWPID as u32;
+/// Where the memory is mounted that containers share, by name.
+const MEMORY: &str = "/memory";
 /// An option of tmpfs that is podman's: it begins with what it is mounted over.
 const COPY_UP: &str = "tmpcopyup";
 /// The device nodes of every container, with their major and minor numbers (runtime-spec, config-linux.md, "Default Devices").
@@ -44,6 +48,38 @@ pub struct Member {
     /// Its ID.
     pub id: String,
     first: OwnedFd,
+}
+
+/// The machine's containers.
+#[derive(Default)]
+pub struct Containers(Vec<Member>);
+
+impl Containers {
+    /// The container `id`.
+    pub fn find(&self, id: &str) -> Result<&Member, Failure> {
+        let found = self.0.iter().find(|member| member.id == id);
+        found.ok_or_else(|| Failure::new(format_args!("container {id} is not running")))
+    }
+
+    /// Adds a container. Its ID must be [free](Containers::expect_free).
+    pub fn add(&mut self, member: Member) {
+        self.0.push(member);
+    }
+
+    /// Fails if there is a container `id`.
+    pub fn expect_free(&self, id: &str) -> Result<(), Failure> {
+        match self.find(id) {
+            Ok(_) => Err(Failure::new(format_args!("the machine has a container {id} already"))),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Removes the container `id`, whose first process has ended, and kills what is left in it.
+    pub fn remove(&mut self, id: &str) {
+        self.0.retain(|member| member.id != id);
+        cgroup::kill_container(id);
+        cgroup::remove_container(id);
+    }
 }
 
 impl Member {
@@ -66,15 +102,23 @@ impl Member {
     }
 }
 
-/// Makes this process, which is in a PID namespace of its own if the container is to have one, the first of `container`.
-pub fn enter(container: &Container, has_terminal: bool) -> Result<(), Failure> {
+/// Makes this process, which is in the container's PID namespace if that is not the machine's, the first of `container`. What that shares
+/// with others is among `containers`.
+pub fn enter(container: &Container, containers: &Containers, has_terminal: bool) -> Result<(), Failure> {
     cgroup::join_container(&container.id);
+    for Joined { container: id, namespaces } in &container.joined {
+        let flags = namespaces & NAMESPACES & !MADE_BY_FORK;
+        let first = containers.find(id)?.first.as_fd();
+        let joined = if flags == 0 { Ok(()) } else { sys::join_namespaces(first, flags) };
+        joined.context(format_args!("join the namespaces of container {id}"))?;
+    }
     let own = container.namespaces | libc::CLONE_NEWNS as u32;
-    sys::unshare(own & !(libc::CLONE_NEWPID as u32)).context("create the container's namespaces")?;
-    if !container.hostname.is_empty() {
+    sys::unshare(own & !MADE_BY_FORK).context("create the container's namespaces")?;
+    let has_others_name = container.joined.iter().any(|joined| joined.namespaces & libc::CLONE_NEWUTS as u32 != 0);
+    if !container.hostname.is_empty() && !has_others_name {
         sethostname(&container.hostname).context(format_args!("set the host name {:?}", container.hostname))?;
     }
-    if !container.domainname.is_empty() {
+    if !container.domainname.is_empty() && !has_others_name {
         fs::write("/proc/sys/kernel/domainname", &container.domainname).context("set the domain name")?;
     }
     sysctl::set_all(&container.sysctls)?;
@@ -101,10 +145,28 @@ fn path(bytes: &[u8]) -> PathBuf {
 }
 
 fn copy_source(mount: &Mount) -> Result<Option<OwnedFd>, Failure> {
-    let MountSource::Share(source) = &mount.source else { return Ok(None) };
     let flags = MsFlags::from_bits_truncate(mount.flags);
-    let copy = trees::copy(&Path::new(SHARE).join(source), flags.contains(MsFlags::MS_REC));
-    copy.context(format_args!("find the source of {} in the machine's share", path(&mount.target).display())).map(Some)
+    let (source, is_recursive) = match &mount.source {
+        MountSource::FileSystem { .. } => return Ok(None),
+        MountSource::Share(source) => (Path::new(SHARE).join(source), flags.contains(MsFlags::MS_REC)),
+        MountSource::Memory { name, .. } => (Path::new(MEMORY).join(name), false),
+    };
+    let copy = trees::copy(&source, is_recursive);
+    copy.context(format_args!("find the source of {} in the machine", path(&mount.target).display())).map(Some)
+}
+
+/// Mounts the memory that `container` shares with others, as far as it is not there yet, in the machine's own root.
+pub fn provide_memory(container: &Container) -> Result<(), Failure> {
+    for mount in &container.mounts {
+        let MountSource::Memory { name, options } = &mount.source else { continue };
+        let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric());
+        let dir = format!("{MEMORY}/{name}");
+        if is_name && !Path::new(&dir).exists() {
+            make_dir(&dir)?;
+            mount_at("tmpfs", &dir, MsFlags::empty(), options)?;
+        }
+    }
+    Ok(())
 }
 
 fn enter_root(root: &str) -> Result<(), Failure> {

@@ -12,7 +12,7 @@
 
 mod agent;
 mod boot;
-mod cgroup;
+pub mod cgroup;
 mod clock;
 mod connection;
 mod connections;
@@ -41,9 +41,10 @@ mod sysctl;
 mod trees;
 
 use connection::Connecting;
+use container::Containers;
 use errors::Failure;
 use husk_protocol::{Role, Run, Spec, Start};
-use session::{Session, streams_of};
+use session::{Session, World, streams_of};
 use setup::Prepared;
 
 /// Runs the machine until its end.
@@ -85,9 +86,10 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
         Err(failure) => return prepared.err().unwrap_or(failure),
     };
     let listener = agent::listen();
+    let mut containers = Containers::default();
     let prepared = match (prepared, run) {
         (Ok(prepared), Some(run)) => {
-            session.begin(run, prepared.hostname());
+            session.begin(run, &mut World { hostname: prepared.hostname(), containers: &mut containers });
             Some(prepared)
         }
         (Ok(mut prepared), None) => {
@@ -95,7 +97,7 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
                 preload::read(preload);
                 preload::end_others();
             }
-            wait_and_begin(&mut session, &mut prepared);
+            wait_and_begin(&mut session, &mut prepared, &mut containers);
             Some(prepared)
         }
         (Err(failure), _) => {
@@ -103,25 +105,25 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
             None
         }
     };
-    agent::run(session, prepared, listener)
+    agent::run(session, containers, prepared, listener)
 }
 
 /// Waits for the run and begins it. If the host is gone, so is the machine soon.
-fn wait_and_begin(session: &mut Session, prepared: &mut Prepared) {
-    if let Err(failure) = begin(session, prepared) {
+fn wait_and_begin(session: &mut Session, prepared: &mut Prepared, containers: &mut Containers) {
+    if let Err(failure) = begin(session, prepared, containers) {
         report::say(&failure.message);
         session.disconnect();
     }
 }
 
-fn begin(session: &mut Session, prepared: &mut Prepared) -> Result<(), Failure> {
+fn begin(session: &mut Session, prepared: &mut Prepared, containers: &mut Containers) -> Result<(), Failure> {
     let (renewal, overlay, run) = session.wait_for_run()?;
     session.renew(&renewal);
     let connecting = Connecting::start(streams_of(&run.process))?;
     let set_up = prepared.begin(&overlay, &run);
     session.add(connecting.complete()?);
     match set_up {
-        Ok(()) => session.begin(&run, prepared.hostname()),
+        Ok(()) => session.begin(&run, &mut World { hostname: prepared.hostname(), containers }),
         Err(failure) => session.fail(failure),
     }
     session.ask_time();

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 
-use crate::identity;
+use crate::{cgroup, identity};
 
 /// The kernel's unit of CPU time for programs (`USER_HZ`), on all architectures that matter.
 const TICKS_PER_SECOND: u64 = 100;
@@ -23,15 +23,16 @@ struct Stat {
     start_ticks: u64,
 }
 
-/// Prints all processes except init, this one and the kernel's threads. Returns the exit code.
-pub fn list() -> i32 {
+/// Prints all processes except init, this one and the kernel's threads, or those of a container. Returns the exit code.
+pub fn list(container: Option<String>) -> i32 {
     let passwd = fs::read("/etc/passwd").unwrap_or_default();
     let boot_s = boot_seconds(&fs::read_to_string("/proc/stat").unwrap_or_default());
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     pids.sort_unstable();
     let mut output = io::stdout().lock();
-    for pid in pids.into_iter().filter(|pid| *pid > KERNEL && *pid != std::process::id()) {
+    let is_listed = |pid: u32| container.as_ref().is_none_or(|id| cgroup::has_process(id, pid));
+    for pid in pids.into_iter().filter(|pid| *pid > KERNEL && *pid != std::process::id() && is_listed(*pid)) {
         // It may have ended meanwhile.
         let Some(line) = line(pid, &passwd, boot_s) else { continue };
         if output.write_all(line.as_bytes()).is_err() {

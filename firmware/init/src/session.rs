@@ -10,22 +10,16 @@ use nix::unistd::Pid;
 use crate::cgroup;
 use crate::clock::{self, Clock};
 use crate::connection::{self, ControlConnection, shortened};
-use crate::contained::{self, Waiting};
-use crate::container::Member;
+use crate::contained::Waiting;
+use crate::container::Containers;
 use crate::errors::Failure;
-use crate::process::{self, Started};
 use crate::pump::Pump;
 use crate::report;
 use crate::sys::{self, Ended};
 
-/// What a process finds in the machine when it is started.
-#[derive(Clone, Copy)]
-pub struct World<'a> {
-    /// The machine's host name.
-    pub hostname: &'a str,
-    /// The machine's container, if there is one.
-    pub container: Option<&'a Member>,
-}
+mod start;
+
+pub use start::World;
 
 /// A session. Its process starts when its streams are connected, and it ends when the host says so or disconnects.
 pub struct Session {
@@ -33,10 +27,10 @@ pub struct Session {
     control: ControlConnection,
     /// Whether it was admitted.
     admitted: bool,
-    /// The process to start when its streams are connected.
-    wanted: Option<Process>,
-    /// The container of this session, and its process until it is told to go.
-    container: Option<Member>,
+    /// What to start when its streams are connected: a process, which may be the first of a container.
+    wanted: Option<(Option<Box<Container>>, Box<Process>)>,
+    /// The ID of the container that was created for this session, and its process until it is told to go.
+    container: Option<String>,
     waiting: Option<Waiting>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
@@ -216,91 +210,8 @@ impl Session {
         }
     }
 
-    /// Starts the process of a run, or creates its container.
-    pub fn begin(&mut self, run: &Run, hostname: &str) {
-        match &run.container {
-            None => self.start(&run.process, World { hostname, container: None }),
-            Some(container) => self.create(container, &run.process),
-        }
-    }
-
-    /// The container that other processes can join, as long as its process lives.
-    pub fn container(&self) -> Option<&Member> {
-        self.container.as_ref().filter(|_| self.pid.is_some())
-    }
-
-    /// Creates a container whose process waits, or reports why it cannot be created.
-    fn create(&mut self, container: &Container, process: &Process) {
-        let created = contained::create(container, process).and_then(|(started, waiting)| {
-            let member = Member::new(&container.id, started.pid)?;
-            Ok((self.join_streams(started)?, waiting, member))
-        });
-        match created {
-            Ok((pid, waiting, member)) => {
-                (self.pid, self.waiting, self.container) = (Some(pid), Some(waiting), Some(member));
-                self.control.say(&ToHost::Created(pid.as_raw().unsigned_abs()));
-            }
-            Err(failure) => self.fail(failure),
-        }
-    }
-
-    /// Executes the program of the container that was created.
-    fn go(&mut self) {
-        let (Some(waiting), Some(pid)) = (self.waiting.take(), self.pid) else { return };
-        match waiting.go() {
-            Ok(()) => self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs())),
-            Err(failure) => {
-                // How it exits is not how the program has ended.
-                (self.pid, self.input, self.terminal) = (None, None, None);
-                self.outputs.clear();
-                self.fail(failure);
-            }
-        }
-    }
-
-    /// Starts the process, or reports why it cannot start.
-    fn start(&mut self, process: &Process, world: World) {
-        let started = match &process.container {
-            None => process::start(process, world.hostname),
-            Some(id) => match world.container.filter(|member| member.id == *id) {
-                Some(member) => contained::start_in(member, process),
-                None => Err(Failure::new(format_args!("container {id} is not running"))),
-            },
-        };
-        match started.and_then(|started| self.join_streams(started)) {
-            Ok(pid) => {
-                self.pid = Some(pid);
-                self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs()));
-            }
-            Err(failure) => self.fail(failure),
-        }
-    }
-
-    /// Reports why there is no process.
-    pub fn fail(&mut self, failure: Failure) {
-        (self.stdin, self.stdout, self.stderr) = (None, None, None);
-        self.end = Some(ToHost::Failed { message: shortened(&failure.message), code: failure.code });
-    }
-
-    fn join_streams(&mut self, started: Started) -> Result<Pid, Failure> {
-        let join = |from: Option<OwnedFd>, to: Option<OwnedFd>| match (from, to) {
-            (Some(from), Some(to)) => {
-                Pump::new(from, to).map(Some).map_err(|error| Failure::new(format_args!("connect a stream: {error}")))
-            }
-            _ => Ok(None),
-        };
-        self.input = join(self.stdin.take(), started.stdin)?;
-        let stdout = join(started.stdout, self.stdout.take())?.map(|pump| (Role::Stdout, pump));
-        let stderr = join(started.stderr, self.stderr.take())?.map(|pump| (Role::Stderr, pump));
-        // Other sessions end when the machine is restored.
-        let remembering = |pump: Pump| if self.id == MAIN_SESSION { pump.remembering() } else { pump };
-        self.outputs.extend(stdout.into_iter().chain(stderr).map(|(role, pump)| (role, remembering(pump))));
-        self.terminal = started.terminal;
-        Ok(started.pid)
-    }
-
-    /// Records how process `pid` ended; returns whether it belongs to this session.
-    pub fn note_end(&mut self, pid: Pid, ended: Ended) -> bool {
+    /// Records how process `pid` ended; returns whether it belongs to this session. A container ends with its first process.
+    pub fn note_end(&mut self, pid: Pid, ended: Ended, containers: &mut Containers) -> bool {
         if self.pid != Some(pid) {
             return false;
         }
@@ -309,8 +220,8 @@ impl Session {
             Ended::Signaled(number) => ToHost::Signaled(number),
         });
         (self.pid, self.input, self.terminal) = (None, None, None);
-        if let Some(container) = &self.container {
-            cgroup::remove_container(&container.id);
+        if let Some(id) = &self.container {
+            containers.remove(id);
         }
         true
     }
@@ -322,6 +233,11 @@ impl Session {
 
     /// Whether nothing is left to do.
     pub fn is_over(&self) -> bool {
+        self.is_left() && (self.container.is_none() || self.pid.is_none())
+    }
+
+    /// Whether the host has left it. The process goes on, unless it is the first of a container.
+    fn is_left(&self) -> bool {
         self.finished || !self.control.is_open()
     }
 
@@ -340,7 +256,7 @@ impl Session {
     }
 
     /// Transfers what is possible without blocking, and handles messages of the host.
-    pub fn advance(&mut self, world: World) {
+    pub fn advance(&mut self, world: &mut World) {
         for pump in self.input.iter_mut().chain(self.outputs.iter_mut().map(|(_, pump)| pump)) {
             pump.advance();
         }
@@ -348,6 +264,13 @@ impl Session {
             self.obey(message);
         }
         self.start_when_complete(world);
+        if self.is_left()
+            && let Some(id) = &self.container
+            && let Some(pid) = self.pid
+        {
+            let _ = sys::send_signal(pid, libc::SIGKILL as u8);
+            cgroup::kill_container(id);
+        }
         if self.outputs.iter().all(|(_, pump)| pump.is_done())
             && !self.told
             && let Some(end) = &self.end
@@ -359,10 +282,8 @@ impl Session {
 
     fn obey(&mut self, message: ToGuest) {
         match message {
-            ToGuest::Start(process) => {
-                let fresh = self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none();
-                self.wanted = Some(*process).filter(|_| fresh);
-            }
+            ToGuest::Start(process) => self.want(None, process),
+            ToGuest::Create(container, process) => self.want(Some(container), process),
             ToGuest::Go => self.go(),
             ToGuest::Signal(number) => {
                 if let Some(pid) = self.pid {
@@ -389,20 +310,6 @@ impl Session {
             }
             // It has begun.
             ToGuest::Begin(..) => {}
-        }
-    }
-
-    fn start_when_complete(&mut self, world: World) {
-        let there = |role| match role {
-            Role::Stdin => self.stdin.is_some(),
-            Role::Stdout => self.stdout.is_some(),
-            Role::Stderr | Role::Control => self.stderr.is_some(),
-        };
-        if self.admitted
-            && self.wanted.as_ref().is_some_and(|process| streams_of(process).all(there))
-            && let Some(process) = self.wanted.take()
-        {
-            self.start(&process, world);
         }
     }
 

@@ -13,8 +13,11 @@ pub struct Container {
     pub root: String,
     /// Whether that is read-only.
     pub readonly: bool,
-    /// The namespaces of its own (CLONE_NEW…): PID, mount, IPC, UTS and cgroup. All others are the machine's.
+    /// The namespaces of its own (CLONE_NEW…): PID, mount, IPC, UTS and cgroup. All others are the machine's, apart from those in
+    /// `joined`.
     pub namespaces: u32,
+    /// The namespaces that it shares with containers that are there already.
+    pub joined: Vec<Joined>,
     /// The host name, unless it is empty.
     pub hostname: String,
     /// The domain name, unless it is empty.
@@ -29,8 +32,17 @@ pub struct Container {
     pub readonly_paths: Vec<Vec<u8>>,
     /// Kernel parameters, as sysctl(8) names them, and their values.
     pub sysctls: Vec<(String, String)>,
-    /// The maximum number of its processes and threads.
-    pub processes_max: Option<u64>,
+    /// The limits of its processes together: files of cgroup v2 and what is written to them, such as `pids.max` and `30`.
+    pub limits: Vec<(String, String)>,
+}
+
+/// Namespaces of another container of the same machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// The container's ID.
+    pub container: String,
+    /// The namespaces (CLONE_NEW…).
+    pub namespaces: u32,
 }
 
 /// A mount in a container.
@@ -54,6 +66,13 @@ pub enum MountSource {
         /// `tmpfs`
         kind: String,
         /// Its options, such as `size=64m,mode=1777`.
+        options: String,
+    },
+    /// A tmpfs that all containers with a mount of this name share.
+    Memory {
+        /// A name of letters and digits.
+        name: String,
+        /// The options of the container that is the first.
         options: String,
     },
 }

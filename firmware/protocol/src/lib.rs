@@ -20,7 +20,7 @@ mod session;
 mod spec;
 pub mod tree;
 
-pub use container::{Capabilities, Container, Credentials, Device, Mount, MountSource};
+pub use container::{Capabilities, Container, Credentials, Device, Joined, Mount, MountSource};
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{CallFilter, Process, Renewal, Rights, ToGuest, ToHost, WindowSize};
 pub use spec::{
@@ -30,8 +30,8 @@ pub use spec::{
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
-/// The path of init's own program within the guest, which implements `husk cp` and `husk top`: the first argument is one of those
-/// below, the second, except for the last, a path.
+/// The path of init's own program within the guest, which implements `husk cp` and `husk top`, among others: the first argument is one
+/// of those below, the second a path if nothing else is said.
 pub const INIT_PROGRAM: &str = "/proc/1/exe";
 /// Sends the file at the path to standard output with [`tree::send`].
 pub const COPY_FROM: &str = "copy-from";
@@ -41,9 +41,14 @@ pub const COPY_FROM_BEHIND_LINK: &str = "copy-from-behind-link";
 pub const COPY_TO: &str = "copy-to";
 /// The same, preserving the files' owners.
 pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
-/// Prints a line for each process, with tabs between user, PID, PID of the parent, CPU time in hundredths of a second, start in
-/// seconds since 1970, terminal and command.
+/// Prints a line for each process, of the container whose ID is the second argument if there is one, with tabs between user, PID, PID
+/// of the parent, CPU time in hundredths of a second, start in seconds since 1970, terminal and command.
 pub const LIST_PROCESSES: &str = "list-processes";
+/// Prints files of the cgroup of a container: the second argument is its ID, all others are names of files. Each line begins with
+/// the name of its file and a space.
+pub const READ_CGROUP: &str = "read-cgroup";
+/// Writes files of the cgroup of a container: the second argument is its ID, all others are `NAME=VALUE`.
+pub const WRITE_CGROUP: &str = "write-cgroup";
 /// Sends the whole root file system to standard output with [`tree::send_root`]. The path has no meaning.
 pub const COPY_ROOT: &str = "copy-root";
 /// Sends what has changed in it since the image, with [`tree::send_changes`].
@@ -56,7 +61,7 @@ pub const IDLE: &str = "idle";
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 15;
+pub const VERSION: u16 = 16;
 /// The maximum number of bytes of a stream that are on their way: written by the guest, and not yet in the host's socket.
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).

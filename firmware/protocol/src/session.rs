@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::container::Credentials;
+use crate::container::{Container, Credentials};
 use crate::frame::Message;
 use crate::hello::Role;
 use crate::spec::{Identity, Limit, Overlay, Run};
@@ -114,8 +114,11 @@ pub enum ToGuest {
     /// Start the main process, with this writable layer above the image. The answer to [`ToHost::Waiting`]. A disk with that layer, and
     /// the run's shares, are devices that the guest has not seen before.
     Begin(Renewal, Overlay, Box<Run>),
-    /// Execute the program of the [container](crate::Container) that was created, in its main session.
+    /// Execute the program of the container that was created in this session.
     Go,
+    /// Create one more container with this first process; sent once, instead of [`ToGuest::Start`]. The answer is
+    /// [`ToHost::Created`]. When the session ends, the container does.
+    Create(Box<Container>, Box<Process>),
 }
 
 impl Message for ToGuest {
@@ -156,7 +159,7 @@ pub enum ToHost {
     Renewed(Result<(), String>),
     /// The machine is prepared, and the main process may [begin](ToGuest::Begin).
     Waiting,
-    /// The container of the run is created. Its process has this PID, and executes its program when it is told
+    /// The container of the session is created. Its process has this PID, and executes its program when it is told
     /// [to go](ToGuest::Go).
     Created(u32),
 }

@@ -14,7 +14,8 @@ use super::{Flags, delete, start, supervise};
 use crate::cli::exit::Exit;
 use crate::oci::config::{self, Config};
 use crate::oci::machine::Shape;
-use crate::oci::state::{Dir, ProcessId, State, Status};
+use crate::oci::pod::Pod;
+use crate::oci::state::{Dir, ProcessId, Root, State, Status};
 use crate::oci::{guest, hooks, state};
 use crate::supervisor;
 
@@ -22,7 +23,7 @@ use crate::supervisor;
 pub const PREPARED: &str = "prepared";
 pub const PROCEED: &str = "proceed";
 /// What it says when its container is created.
-const CREATED: &str = "created";
+pub const CREATED: &str = "created";
 /// Why it is not, if it has not said that.
 const NOT_CREATED: &str = "the container's process has ended before it was created";
 /// How long a process that was killed may take to end.
@@ -77,6 +78,7 @@ pub(super) struct Run {
 
 /// A container that was created, and its process, a child of this one.
 struct Created {
+    root: Root,
     dir: Dir,
     process: Child,
 }
@@ -129,8 +131,9 @@ impl Creation {
             self.bundle.canonicalize().with_context(|| format!("open the bundle {}", self.bundle.display()))?;
         let path = bundle.join(config::FILE);
         let config = Config::read(&path)?;
-        let rootfs = check(&self.id, &config, &bundle).with_context(|| path.display().to_string())?;
         let root = flags.root()?;
+        let pod = Pod::of(&root, &config)?;
+        let rootfs = check(&self.id, &config, &bundle, pod.as_ref()).with_context(|| path.display().to_string())?;
         let dir = root.create(&self.id)?;
         let state = State {
             id: self.id.clone(),
@@ -138,9 +141,13 @@ impl Creation {
             rootfs,
             created: humantime::format_rfc3339_nanos(SystemTime::now()).to_string(),
             annotations: config.annotations.clone(),
-            systemd_cgroup: flags.systemd_cgroup,
+            systemd_cgroup: flags.uses_systemd(),
+            no_cgroup: flags.uses_no_cgroups(),
             has_cgroup: false,
+            is_placed: false,
             process: None,
+            pod,
+            is_frozen: false,
             machine: None,
             machines: state::machines()?,
         };
@@ -156,9 +163,9 @@ impl Creation {
             }
         });
         match ended {
-            Ok(process) => Ok(Created { dir, process }),
+            Ok(process) => Ok(Created { root, dir, process }),
             Err(error) => {
-                let _ = delete::clean_up(&dir);
+                let _ = delete::clean_up(&root, &dir);
                 Err(error)
             }
         }
@@ -178,14 +185,14 @@ impl Created {
     fn take_back<T>(mut self, flags: &Flags, id: &str, error: anyhow::Error) -> Result<T> {
         let _ = self.process.kill().and_then(|()| self.process.wait());
         if delete::delete(flags, id, true).is_err() {
-            let _ = delete::clean_up(&self.dir);
+            let _ = delete::clean_up(&self.root, &self.dir);
         }
         Err(error)
     }
 }
 
 /// Checks what can be checked without a machine. Returns the path of the root file system.
-fn check(id: &str, config: &Config, bundle: &Path) -> Result<PathBuf> {
+fn check(id: &str, config: &Config, bundle: &Path, pod: Option<&Pod>) -> Result<PathBuf> {
     state::check_id(id)?;
     ensure!(!config.root.path.as_os_str().is_empty(), "root.path is missing");
     let rootfs = bundle.join(&config.root.path);
@@ -193,7 +200,7 @@ fn check(id: &str, config: &Config, bundle: &Path) -> Result<PathBuf> {
     ensure!(rootfs.is_dir(), "root.path {} is not a directory", rootfs.display());
     let process = config.process.as_ref().context("process is missing")?;
     guest::process(process, config.linux.seccomp.as_ref())?;
-    guest::container(id, config, bundle)?;
+    guest::container(id, config, bundle, pod)?;
     Shape::of(config)?;
     Ok(rootfs)
 }

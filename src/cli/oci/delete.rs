@@ -5,8 +5,9 @@ use clap::Args;
 
 use super::{Flags, create, kill};
 use crate::oci::cgroup::Cgroup;
-use crate::oci::hooks;
-use crate::oci::state::{self, Dir, Status};
+use crate::oci::pod::Pod;
+use crate::oci::state::{self, Dir, Root, Status};
+use crate::oci::{hooks, share};
 use crate::state_dir::StateDir;
 
 #[derive(Debug, Args)]
@@ -33,10 +34,10 @@ pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
     let root = flags.root()?;
     let (dir, state) = match root.open(id) {
         Ok(found) => found,
-        Err(_) if force => return clean_up(&root.dir(id)),
+        Err(_) if force => return clean_up(&root, &root.dir(id)),
         Err(error) => return Err(error),
     };
-    match state.status() {
+    match state.status(&dir) {
         // Like other runtimes: the program of one that is created has not been executed.
         Status::Stopped | Status::Created => {}
         _ if force => {}
@@ -47,7 +48,7 @@ pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
         create::await_end(process)?;
     }
     let config = dir.config();
-    clean_up(&dir)?;
+    clean_up(&root, &dir)?;
     if let Ok(config) = config {
         hooks::run_all("poststop", &config.hooks.poststop, &state.to_json(Status::Stopped).to_string());
     }
@@ -55,11 +56,15 @@ pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
 }
 
 /// Removes what there is of a container whose process has ended.
-pub fn clean_up(dir: &Dir) -> Result<()> {
+pub fn clean_up(root: &Root, dir: &Dir) -> Result<()> {
     let state = dir.state();
-    if let Ok(machine) = state.as_ref().map_err(drop).and_then(|state| state.machine().map_err(drop)) {
-        // Its process ends with the container's.
-        machine.await_end()?;
+    if let Ok(state) = &state {
+        match (&state.pod, state.machine()) {
+            (Some(pod), _) => leave(root, pod, &state.id)?,
+            // Its process ends with the container's.
+            (None, Ok(machine)) => drop(machine.await_end()?),
+            (None, Err(_)) => {}
+        }
     }
     if let (Ok(state), Ok(config)) = (&state, dir.config())
         && state.has_cgroup
@@ -72,6 +77,18 @@ pub fn clean_up(dir: &Dir) -> Result<()> {
         StateDir::at(state.machines).and_then(|machines| machines.remove_stale())?;
     }
     dir.remove()
+}
+
+/// Removes the container `id` from the share of its machine, if that still runs.
+fn leave(root: &Root, pod: &Pod, id: &str) -> Result<()> {
+    let Ok((dir, sandbox)) = pod.sandbox(root) else { return Ok(()) };
+    if sandbox.status(&dir) == Status::Stopped {
+        return Ok(());
+    }
+    let machine = sandbox.machine()?;
+    let left = share::remove(machine.record()?.pid, &dir.share(), id);
+    // The machine may have ended meanwhile, and its mounts with it.
+    left.or_else(|error| if sandbox.status(&dir) == Status::Stopped { Ok(()) } else { Err(error) })
 }
 
 #[cfg(test)]

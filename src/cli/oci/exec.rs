@@ -12,7 +12,7 @@ use super::create::write_pid;
 use super::{Flags, console};
 use crate::cli::exit::Exit;
 use crate::console::terminal;
-use crate::guest::exec::{self, End};
+use crate::guest::exec::{self, End, Moments};
 use crate::oci::config;
 use crate::oci::guest;
 use crate::oci::state::Status;
@@ -90,7 +90,7 @@ impl Exec {
         ensure!(self.preserve_fds == 0, "--preserve-fds: a machine cannot have this process's descriptors");
         let id = self.words.first().cloned().unwrap_or_default();
         let (dir, state) = flags.root()?.open(&id)?;
-        match state.status() {
+        match state.status(&dir) {
             Status::Running | Status::Created => {}
             Status::Paused => bail!("cannot exec in a paused container"),
             Status::Creating | Status::Stopped => bail!("cannot exec in a stopped container"),
@@ -104,7 +104,7 @@ impl Exec {
         if !self.detach && self.console_socket.is_none() {
             write_pid(self.pid_file.as_deref(), std::process::id())?;
             process.terminal = process.terminal.map(|size| terminal::window_size().unwrap_or(size));
-            return run(&vsock, &process, || Ok(()));
+            return run(&vsock, &process, &mut Started(|| Ok(())));
         }
         let terminal = match (&self.console_socket, process.terminal.is_some()) {
             (Some(socket), true) => Some(console::open(socket, size)?),
@@ -168,7 +168,7 @@ impl Attend {
         let mut channel = Channel::inherited(self.channel)?;
         console::lead_session(self.terminal)?;
         let begun = receive(channel.reader());
-        let ended = begun.and_then(|process| run(&self.vsock, &process, || channel.say(STARTED)));
+        let ended = begun.and_then(|process| run(&self.vsock, &process, &mut Started(|| channel.say(STARTED))));
         ended.or_else(|error| channel.fail(error))
     }
 }
@@ -181,16 +181,27 @@ fn receive(from: &mut impl Read) -> Result<Process> {
     postcard::from_bytes(&described).context("read the description of the process")
 }
 
-/// Runs a process with this process's streams. Calls `started` when it is running.
-fn run(vsock: &std::path::Path, process: &Process, started: impl FnOnce() -> Result<()>) -> Result<Exit> {
+/// Tells somebody that a process is running.
+struct Started<F>(F);
+
+impl<F: FnMut() -> Result<()>> Moments for Started<F> {
+    fn started(&mut self, failure: Option<&str>) -> Result<()> {
+        // Why it has failed is told at the end.
+        if failure.is_none() { (self.0)() } else { Ok(()) }
+    }
+}
+
+/// Runs a process with this process's streams.
+fn run(vsock: &std::path::Path, process: &Process, moments: &mut dyn Moments) -> Result<Exit> {
     let signals = supervisor::block_signals(true)?;
     let connections = exec::request_start(vsock, process)?.connect()?;
-    let end = exec::run_contained(connections, &signals, process.terminal.is_some(), started)?;
+    let end = exec::run_contained(connections, &signals, process.terminal.is_some(), moments)?;
     match end {
         End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
         End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
         End::Reported(ToHost::Failed { message, .. }) => bail!(message),
         End::Reported(_) => bail!("the guest did not say how the process ended"),
         End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
+        End::Lost => bail!("the machine has exited, and the process with it"),
     }
 }

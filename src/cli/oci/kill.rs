@@ -1,13 +1,13 @@
 //! `husk oci kill`: sends the process of a container a signal.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use rustix::io::Errno;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::Flags;
 use crate::cli::{machines, signal};
-use crate::oci::state::{State, Status};
+use crate::oci::state::{Dir, State, Status};
 use crate::request::Request;
 
 #[derive(Debug, Args)]
@@ -27,31 +27,43 @@ pub(super) struct Kill {
 
 impl Kill {
     pub(super) fn run(self, flags: &Flags) -> Result<()> {
-        let (_, state) = flags.root()?.open(&self.id)?;
-        kill(&state, self.signal)
+        let (dir, state) = flags.root()?.open(&self.id)?;
+        kill(&dir, &state, self.signal)
     }
 }
 
 /// Sends the container's process a signal.
-pub fn kill(state: &State, signal: u8) -> Result<()> {
-    let status = state.status();
+pub fn kill(dir: &Dir, state: &State, signal: u8) -> Result<()> {
+    let status = state.status(dir);
     if i32::from(signal) == libc::SIGKILL && status != Status::Stopped {
         return kill_now(state);
     }
     match status {
+        // It passes signals on, except for those that stop it.
+        Status::Created | Status::Running if state.pod.is_some() => {
+            let number = i32::from(signal);
+            ensure!(number != libc::SIGSTOP, "SIGSTOP: use `pause` for a container that shares its machine");
+            send(state, number)
+        }
         Status::Created | Status::Running => machines::request(&state.machine()?, &Request::Kill { signal }),
         Status::Paused => bail!("container is paused: resume it first"),
         Status::Creating | Status::Stopped => bail!("container not running"),
     }
 }
 
-/// Ends the machine by killing the process that owns it, which need not answer.
+/// Ends the container, and its machine if that is its own, by killing its process, which need not answer.
 pub fn kill_now(state: &State) -> Result<()> {
+    send(state, libc::SIGKILL)
+}
+
+/// Sends the container's process on the host a signal, if it is still there.
+fn send(state: &State, signal: i32) -> Result<()> {
     let Some(process) = state.process else { return Ok(()) };
     let Some(handle) = process.pid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return Ok(()) };
     // Looked at after it was opened: what is killed is this process, and no later one with its PID.
     if process.is_alive() {
-        match pidfd_send_signal(handle, Signal::KILL) {
+        let signal = Signal::from_named_raw(signal).with_context(|| format!("signal {signal} cannot be sent"))?;
+        match pidfd_send_signal(handle, signal) {
             Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => return Err(error.into()),
         }

@@ -17,8 +17,8 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn run(self, flags: &Flags) -> Result<()> {
-        let (_, state) = flags.root()?.open(&self.id)?;
-        crate::cli::print_json(&state.to_json(state.status()), "the container's state")
+        let (dir, state) = flags.root()?.open(&self.id)?;
+        crate::cli::print_json(&state.to_json(state.status(&dir)), "the container's state")
     }
 }
 
@@ -48,8 +48,8 @@ impl List {
         }
         let described: Vec<(Status, Value)> = found
             .iter()
-            .map(|(_, state)| {
-                let status = state.status();
+            .map(|(dir, state)| {
+                let status = state.status(dir);
                 (status, state.to_json(status))
             })
             .collect();

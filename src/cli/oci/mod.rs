@@ -1,5 +1,6 @@
 //! `husk oci`: the command line of an OCI runtime, as runc and crun have it.
 
+mod cgroup;
 mod channel;
 mod console;
 mod create;
@@ -9,6 +10,7 @@ mod features;
 mod kill;
 mod list;
 mod log;
+mod member;
 mod pause;
 mod ps;
 mod spec;
@@ -62,6 +64,10 @@ struct Flags {
     #[arg(long, global = true)]
     systemd_cgroup: bool,
 
+    /// How the cgroup is made, as crun has it: cgroupfs, systemd (the same as --systemd-cgroup), or disabled
+    #[arg(long, value_name = "MANAGER", global = true, default_value = "cgroupfs")]
+    cgroup_manager: CgroupManager,
+
     /// Print more log messages to standard error
     #[arg(long, global = true)]
     debug: bool,
@@ -69,6 +75,13 @@ struct Flags {
     /// Accepted as other runtimes have it: husk finds out by itself
     #[arg(long, value_name = "BOOL", global = true, hide = true, num_args = 0..=1, default_missing_value = "true")]
     rootless: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CgroupManager {
+    Cgroupfs,
+    Systemd,
+    Disabled,
 }
 
 #[derive(Debug, Subcommand)]
@@ -114,6 +127,16 @@ enum OciCommand {
 impl Flags {
     fn root(&self) -> Result<Root> {
         Root::new(self.root.clone())
+    }
+
+    /// Whether systemd makes cgroups.
+    fn uses_systemd(&self) -> bool {
+        self.systemd_cgroup || self.cgroup_manager == CgroupManager::Systemd
+    }
+
+    /// Whether containers are to have no cgroups of their own.
+    fn uses_no_cgroups(&self) -> bool {
+        self.cgroup_manager == CgroupManager::Disabled
     }
 }
 

@@ -3,9 +3,10 @@
 use anyhow::{Result, ensure};
 use clap::Args;
 
-use super::Flags;
+use super::{Flags, cgroup};
 use crate::cli::machines;
-use crate::oci::state::Status;
+use crate::oci::pod;
+use crate::oci::state::{State, Status};
 use crate::request::Request;
 
 #[derive(Debug, Args)]
@@ -25,8 +26,15 @@ impl Pause {
     }
 
     fn request(&self, flags: &Flags, needed: Status, name: &str, request: &Request) -> Result<()> {
-        let (_, state) = flags.root()?.open(&self.id)?;
-        ensure!(state.status() == needed, "container {} is not {name}", self.id);
+        let root = flags.root()?;
+        let (dir, state) = root.open(&self.id)?;
+        ensure!(state.status(&dir) == needed, "container {} is not {name}", self.id);
+        let is_frozen = matches!(request, Request::Pause);
+        if state.is_frozen || state.pod.is_some() || is_frozen && pod::has_others(&root, &self.id)? {
+            // Its processes only: the machine is others' as well.
+            cgroup::write(&state, &[("cgroup.freeze".into(), u8::from(is_frozen).to_string())])?;
+            return dir.write(&State { is_frozen, ..state });
+        }
         machines::request(&state.machine()?, request)
     }
 }

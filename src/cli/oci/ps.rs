@@ -1,4 +1,4 @@
-//! `husk oci ps`: lists the processes in a container's machine.
+//! `husk oci ps`: lists the processes of a container, with their PIDs in its machine.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -25,7 +25,7 @@ pub(super) struct Ps {
 impl Ps {
     pub(super) fn run(self, flags: &Flags) -> Result<()> {
         let (_, state) = flags.root()?.open(&self.id)?;
-        let (pids, table) = top::processes(&state.machine()?).context("list the container's processes")?;
+        let (pids, table) = top::processes(&state.machine()?, &self.id).context("list the container's processes")?;
         match self.format {
             Format::Json => crate::cli::print_json(&pids, "the processes"),
             Format::Table => crate::cli::print(&table),

@@ -77,7 +77,7 @@ mod tests {
         let process = guest::process(config.process.as_ref().unwrap(), None).unwrap();
         let rights = process.credentials.unwrap().capabilities;
         assert_eq!(rights.bounding.count_ones(), 3);
-        let (container, binds) = guest::container("x", &config, Path::new("/")).unwrap();
+        let (container, binds) = guest::container("x", &config, Path::new("/"), None).unwrap();
         assert!(container.mounts.len() == 7 && binds.is_empty() && Shape::of(&config).is_ok());
     }
 }

@@ -5,8 +5,8 @@ use clap::Args;
 
 use super::Flags;
 use crate::cli::machines;
-use crate::oci::hooks;
 use crate::oci::state::Status;
+use crate::oci::{gate, hooks};
 use crate::request::Request;
 
 #[derive(Debug, Args)]
@@ -25,7 +25,7 @@ impl Start {
 /// Starts the container `id`.
 pub fn start(flags: &Flags, id: &str) -> Result<()> {
     let (dir, state) = flags.root()?.open(id)?;
-    match state.status() {
+    match state.status(&dir) {
         Status::Created => {}
         Status::Stopped => bail!("cannot start a container that has stopped"),
         Status::Creating => bail!("cannot start a container that is being created"),
@@ -36,7 +36,9 @@ pub fn start(flags: &Flags, id: &str) -> Result<()> {
         config.hooks.start_container.is_empty(),
         "startContainer hooks are not supported: they would run in the machine"
     );
-    machines::request(&state.machine()?, &Request::Go).context(format!("start container {id}"))?;
+    let started =
+        if state.pod.is_some() { gate::pass(&dir) } else { machines::request(&state.machine()?, &Request::Go) };
+    started.with_context(|| format!("start container {id}"))?;
     hooks::run_all("poststart", &config.hooks.poststart, &state.to_json(Status::Running).to_string());
     Ok(())
 }

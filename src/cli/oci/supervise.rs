@@ -1,4 +1,4 @@
-//! The processes of a container on the host. The first is the container's for its engine: it has the container's network namespace,
+//! The processes on the host of a container that makes its machine. The first is the container's for its engine: it has the container's network namespace,
 //! cgroup, streams and root directory, passes signals on, and exits as the container's process does. The second, its child, runs the
 //! machine.
 //!
@@ -22,17 +22,20 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 use super::channel::Channel;
 use super::create::{PREPARED, PROCEED};
+use super::member::Member;
 use super::{Flags, console};
 use crate::cli::exit::Exit;
 use crate::cli::run::machine;
 use crate::cli::run::session::{self, Ended, Start};
 use crate::console::stream_log;
 use crate::exit_latch::ExitReason;
+use crate::fs;
 use crate::guest::GuestSpec;
 use crate::guest::network::{InterfaceSetup, NetworkSetup};
 use crate::oci::cgroup::{self, Cgroup};
 use crate::oci::config::Config;
 use crate::oci::machine::Shape;
+use crate::oci::share::Files;
 use crate::oci::state::{Dir, State};
 use crate::oci::{guest, share};
 use crate::resources::guest_kernel::Choice;
@@ -67,12 +70,13 @@ pub(super) struct Supervise {
 impl Supervise {
     pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
         let mut channel = Channel::inherited(self.channel)?;
-        let ended = if self.machine { self.run_machine(flags, &mut channel) } else { self.represent(flags, &channel) };
+        let ended =
+            if self.machine { self.run_machine(flags, &mut channel) } else { self.represent(flags, &mut channel) };
         ended.or_else(|error| channel.fail(error))
     }
 
     /// Is the container's process for its engine.
-    fn represent(&self, flags: &Flags, channel: &Channel) -> Result<Exit> {
+    fn represent(&self, flags: &Flags, channel: &mut Channel) -> Result<Exit> {
         let signals = supervisor::block_signals(true)?;
         if self.session {
             console::lead_session(self.terminal)?;
@@ -80,12 +84,20 @@ impl Supervise {
         let root = flags.root()?;
         let (dir, state) = root.wait_for(&self.id, std::process::id())?;
         let config = dir.config()?;
-        let (container, binds) = guest::container(&self.id, &config, &state.bundle)?;
-        enter_namespaces(&config, &dir, state.clone())?;
+        enter_network(&config)?;
+        if let Some(pod) = &state.pod {
+            enter_cgroup(&config, &dir, &state)?;
+            return Member { root: &root, dir: &dir, config: &config, pod }.run(channel, &signals, &self.id);
+        }
+        let (container, binds) = guest::container(&self.id, &config, &state.bundle, None)?;
         let words =
             ["--root".into(), root.path().into(), "supervise".into(), "--machine".into(), self.id.clone().into()];
         let mut child = channel.share(words.to_vec())?;
-        let view = share::enter(&state.rootfs, &binds, &container.mounts).context("enter the container's root");
+        // The cgroup may not allow the machine's devices, which that process opens before it follows.
+        let view = enter_cgroup(&config, &dir, &state)
+            .and_then(|()| share::separate())
+            .and_then(|()| share::enter(&state.rootfs, &binds, &container.mounts));
+        let view = view.context("set up the container's process");
         if let Err(error) = view {
             let _ = child.kill().and_then(|()| child.wait());
             return Err(error);
@@ -99,10 +111,12 @@ impl Supervise {
         let parent = rustix::process::getppid().map_or(0, |parent| parent.as_raw_nonzero().get().unsigned_abs());
         let (dir, mut state) = flags.root()?.wait_for(&self.id, parent)?;
         let config = dir.config()?;
-        let (container, binds) = guest::container(&self.id, &config, &state.bundle)?;
+        let (container, binds) = guest::container(&self.id, &config, &state.bundle, None)?;
         let process = config.process.as_ref().context("process is missing")?;
         let process = guest::process(process, config.linux.seccomp.as_ref())?;
-        share::assemble(&dir.share(), &state.rootfs, &binds)?;
+        share::separate()?;
+        share::assemble(&dir.share(), &self.id, Files::copy(&state.rootfs, &binds)?)?;
+        dir.wait_until(|state| state.is_placed)?;
         channel.say(PREPARED)?;
         if channel.hear()? != PROCEED {
             // The creator has given up, and says why.
@@ -116,15 +130,21 @@ impl Supervise {
     }
 }
 
-/// Puts this process into the container's cgroup and namespaces on the host.
-fn enter_namespaces(config: &Config, dir: &Dir, state: State) -> Result<()> {
-    if state.systemd_cgroup && !config.linux.cgroups_path.is_empty() {
-        cgroup::start_scope(&config.linux.cgroups_path)?;
+/// Puts this process into the container's cgroup on the host.
+fn enter_cgroup(config: &Config, dir: &Dir, state: &State) -> Result<()> {
+    let path = if state.no_cgroup { "" } else { &config.linux.cgroups_path };
+    if state.systemd_cgroup && !path.is_empty() {
+        cgroup::start_scope(path)?;
     }
-    if let Some(cgroup) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)? {
+    let cgroup = Cgroup::of(path, state.systemd_cgroup)?;
+    if let Some(cgroup) = &cgroup {
         cgroup.enter(&config.linux.resources, Shape::of(config)?.memory_mib)?;
-        dir.write(&State { has_cgroup: true, ..state })?;
     }
+    dir.write(&State { has_cgroup: cgroup.is_some(), is_placed: true, ..dir.state()? })
+}
+
+/// Puts this process into the container's network namespace.
+fn enter_network(config: &Config) -> Result<()> {
     if let Some(network) = config.namespace("network") {
         if network.path.as_os_str().is_empty() {
             crate::sys::namespaces::unshare(UnshareFlags::NEWNET).context("create a network namespace")?;
@@ -191,6 +211,7 @@ impl Machine<'_> {
         endpoint.report_creation_to(self.channel.try_clone()?);
         let source = machine::boot_source(&kernel, spec.initramfs(&kernel, config.virtio_bus())?)?;
         let opened = resources::open_for(&config, source)?;
+        self.follow_to_cgroup(opened.1.servers().iter().map(fs::process::Process::id))?;
         let timings = Arc::new(Timings::new(Instant::now()));
         let start = Start::Contained { stdin: true, terminal };
         let ended = session::run(&config, opened, start, &mut endpoint, self.signals, &timings);
@@ -205,6 +226,16 @@ impl Machine<'_> {
                 Ok(Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)))
             }
             (_, true) => Ok(ended.exit()),
+        }
+    }
+
+    /// Moves this process and its children to the container's cgroup, where its parent is.
+    fn follow_to_cgroup(&self, children: impl Iterator<Item = u32>) -> Result<()> {
+        let state = self.dir.state()?;
+        let cgroup = Cgroup::of(&self.config.linux.cgroups_path, state.systemd_cgroup)?;
+        match cgroup.filter(|_| state.has_cgroup) {
+            Some(cgroup) => cgroup.add(children.chain([std::process::id()])),
+            None => Ok(()),
         }
     }
 

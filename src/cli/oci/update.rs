@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use super::Flags;
+use super::{Flags, cgroup};
 use crate::cli::machines;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::config::Resources;
-use crate::oci::machine::memory_mib;
+use crate::oci::machine::{guest_limits, memory_mib};
 use crate::oci::state::Status;
 use crate::request::{self, Request};
 
@@ -48,7 +48,10 @@ pub(super) struct Update {
 impl Update {
     pub(super) fn run(self, flags: &Flags) -> Result<()> {
         let (dir, state) = flags.root()?.open(&self.id)?;
-        ensure!(matches!(state.status(), Status::Created | Status::Running | Status::Paused), "container not running");
+        ensure!(
+            matches!(state.status(&dir), Status::Created | Status::Running | Status::Paused),
+            "container not running"
+        );
         let mut resources = self.read()?;
         resources.memory.limit = self.memory.or(resources.memory.limit);
         let cpu = &mut resources.cpu;
@@ -56,6 +59,9 @@ impl Update {
         cpu.shares = self.cpu_shares.or(cpu.shares);
         if let Some(cpus) = self.cpuset_cpus {
             cpu.cpus = cpus;
+        }
+        if state.pod.is_some() {
+            return cgroup::write(&state, &guest_limits(&resources, true));
         }
         let config = dir.config()?;
         let cgroup = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)?;

@@ -16,7 +16,7 @@ use crate::sandbox::folder::{self, Folder};
 fn serve(dir: tempfile::TempDir, file: Option<&str>) -> (Client, Process) {
     let path = file.map_or(dir.path().to_owned(), |name| dir.path().join(name)).canonicalize().unwrap();
     let fd = folder::open_path(&path).unwrap().into();
-    let folder = Folder { path, fd, file_name: file.map(|_| SHARED_FILE), readonly: false };
+    let folder = Folder { path, fd, file_name: file.map(|_| SHARED_FILE), readonly: false, follows_mounts: false };
     let options = Options { readonly: false, cache: Cache::Auto };
     let (ends, process) = process::start(folder, options, FILES_MAX, true, None).unwrap().finish().unwrap();
     (Client::of(dir, ends.connect().unwrap()), process)
@@ -127,7 +127,8 @@ fn a_readonly_folder_is_readonly_to_the_process_itself() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("f"), b"data").unwrap();
     let fd = folder::open_path(dir.path()).unwrap().into();
-    let folder = Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: true };
+    let folder =
+        Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: true, follows_mounts: false };
     // As if a guest had made the server forget about it.
     let options = Options { readonly: false, cache: Cache::Auto };
     let (ends, _process) = process::start(folder, options, FILES_MAX, true, None).unwrap().finish().unwrap();
@@ -146,7 +147,13 @@ fn a_readonly_folder_is_readonly_to_the_process_itself() {
 fn a_server_has_no_more_descriptors_than_its_part_of_the_machines() {
     let dir = tempfile::tempdir().unwrap();
     let fd = folder::open_path(dir.path()).unwrap().into();
-    let folder = Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: false };
+    let folder = Folder {
+        path: dir.path().canonicalize().unwrap(),
+        fd,
+        file_name: None,
+        readonly: false,
+        follows_mounts: false,
+    };
     let options = Options { readonly: false, cache: Cache::Auto };
     let (ends, process) = process::start(folder, options, 264, true, None).unwrap().finish().unwrap();
     let limits = fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();

@@ -16,8 +16,14 @@ fn try_serve(path: &Path, known: Option<&[u8]>) -> anyhow::Result<(Client, Proce
     let fd = folder::open_path(&path).unwrap().into();
     let file_name = path.is_file().then_some(SHARED_FILE);
     let options = Options { readonly: false, cache: Cache::Auto };
-    let (ends, process) =
-        process::start(Folder { path, fd, file_name, readonly: false }, options, FILES_MAX, true, known)?.finish()?;
+    let (ends, process) = process::start(
+        Folder { path, fd, file_name, readonly: false, follows_mounts: false },
+        options,
+        FILES_MAX,
+        true,
+        known,
+    )?
+    .finish()?;
     Ok((Client::of(tempfile::tempdir().unwrap(), ends.connect().unwrap()), process))
 }
 

@@ -1,0 +1,94 @@
+//! The process on the host of a further container of a machine. It is the container's for its engine, as `supervise.rs` has it, and has
+//! the connections with the container's process in the guest: if it ends, the container does.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result, bail};
+use husk_protocol::ToHost;
+
+use super::channel::Channel;
+use super::create::{CREATED, PREPARED, PROCEED};
+use crate::cli::exit::Exit;
+use crate::guest::exec::{self, End, Moments};
+use crate::oci::config::Config;
+use crate::oci::gate::{self, Gate};
+use crate::oci::pod::Pod;
+use crate::oci::share::Files;
+use crate::oci::state::{Dir, Root, State};
+use crate::oci::{guest, share};
+use crate::state_dir;
+use crate::sys::SignalFd;
+
+/// A further container of a machine.
+pub struct Member<'a> {
+    pub root: &'a Root,
+    pub dir: &'a Dir,
+    pub config: &'a Config,
+    pub pod: &'a Pod,
+}
+
+impl Member<'_> {
+    /// Creates the container `id`, and accompanies it until it has ended.
+    pub fn run(&self, channel: &mut Channel, signals: &SignalFd, id: &str) -> Result<Exit> {
+        let state = self.dir.state()?;
+        let (sandbox_dir, sandbox) = self.pod.sandbox(self.root)?;
+        let machine = sandbox.machine()?;
+        let (container, binds) = guest::container(id, self.config, &state.bundle, Some(self.pod))?;
+        let process = self.config.process.as_ref().context("process is missing")?;
+        let process = guest::process(process, self.config.linux.seccomp.as_ref())?;
+        share::separate()?;
+        share::add(machine.record()?.pid, &sandbox_dir.share(), id, Files::copy(&state.rootfs, &binds)?)?;
+        channel.say(PREPARED)?;
+        if channel.hear()? != PROCEED {
+            // The creator has given up, and says why.
+            return Ok(Exit::Failure);
+        }
+        let gate = Gate::shut(self.dir)?;
+        self.dir.write(&State { machine: Some(machine.id.clone()), ..self.dir.state()? })?;
+        let mounts = container.mounts.clone();
+        let connections = exec::request_creation(&machine.file(state_dir::VSOCK), container, &process)?.connect()?;
+        share::enter(&state.rootfs, &binds, &mounts).context("enter the container's root")?;
+        let mut life = Life { channel, gate: Some(gate), starter: None };
+        match exec::run_contained(connections, signals, process.terminal.is_some(), &mut life)? {
+            End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
+            End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
+            End::Reported(ToHost::Failed { message, .. }) => bail!(message),
+            End::Reported(_) => bail!("the guest did not say how the process ended"),
+            End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
+            // As if it had been killed by whoever has ended the machine.
+            End::Lost => Ok(Exit::Signal(libc::SIGKILL as u8)),
+        }
+    }
+}
+
+/// What others hear of the container.
+struct Life<'a> {
+    channel: &'a Channel,
+    gate: Option<Gate>,
+    starter: Option<UnixStream>,
+}
+
+impl Moments for Life<'_> {
+    fn created(&mut self) -> Result<()> {
+        // One that is gone has cleaned up, or will.
+        let _ = self.channel.say(CREATED);
+        Ok(())
+    }
+
+    fn order(&self) -> Option<RawFd> {
+        self.gate.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    fn ordered(&mut self) -> Result<()> {
+        self.starter = self.gate.take().map(Gate::open).transpose()?;
+        Ok(())
+    }
+
+    fn started(&mut self, failure: Option<&str>) -> Result<()> {
+        if let Some(starter) = self.starter.take() {
+            gate::answer(starter, failure);
+        }
+        Ok(())
+    }
+}
