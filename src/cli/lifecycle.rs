@@ -302,6 +302,7 @@ impl LifecycleArgs {
             mounts,
             sandbox_lacks: Vec::new(),
             config: config.clone(),
+            oom_killed: false,
         })
     }
 

@@ -70,6 +70,8 @@ pub struct Session {
     /// What the guest begins when it waits.
     run: Option<(Overlay, Box<Run>)>,
     end: Option<ToHost>,
+    /// Whether the guest was short of memory since that was last asked.
+    was_out_of_memory: bool,
     finish_by: Option<Instant>,
     signaled_at: Vec<Instant>,
     timings: Arc<Timings>,
@@ -139,6 +141,11 @@ impl Session {
     /// How the process exited, once known.
     pub fn end(&self) -> Option<&ToHost> {
         self.end.as_ref()
+    }
+
+    /// Whether the guest's kernel has killed processes because memory was short since the last call.
+    pub fn take_out_of_memory(&mut self) -> bool {
+        std::mem::take(&mut self.was_out_of_memory)
     }
 
     /// Handles pending events: accepts connections, processes messages and ends the machine when the session is
@@ -324,6 +331,7 @@ impl Session {
                 }
             }
             ToHost::AskTime => self.send(&ToGuest::Time(wall_clock_ns())),
+            ToHost::OutOfMemory => self.was_out_of_memory = true,
             // Already handled by the code that opened the session, or made up by the guest.
             ToHost::Admitted | ToHost::Renewed(_) => {}
             end @ (ToHost::Failed { .. } | ToHost::Exited(_) | ToHost::Signaled(_)) => {

@@ -63,6 +63,9 @@ pub struct Record {
     /// Its health, if it is checked and has started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health: Option<Health>,
+    /// Whether its kernel has killed processes because memory was short, since it was last started.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub oom_killed: bool,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
     /// What the machine is called and how it is connected, if it runs husk's init.
@@ -294,6 +297,7 @@ impl Record {
             stop_timeout_ms: None,
             health_check: None,
             health: None,
+            oom_killed: false,
             process: None,
             identity: None,
             mounts: Vec::new(),

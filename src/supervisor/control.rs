@@ -234,6 +234,9 @@ impl<'a> Supervisor<'a> {
                     Some(Token::Session) => {
                         if let Some(session) = &mut self.session {
                             session.on_ready(self.monitor.exit_latch())?;
+                            if session.take_out_of_memory() {
+                                self.endpoint.note_out_of_memory()?;
+                            }
                         }
                         self.save_if_waiting()?;
                     }

@@ -24,6 +24,7 @@ use crate::state_dir::health::{Health, Probe};
 use crate::state_dir::record::{Record, State, now_ms};
 use crate::state_dir::{self, MachineDir, husk_log};
 use crate::sys::SignalFd;
+use crate::virtio::log_rate::LogRate;
 
 /// What the creator of a machine's container reads when it is created.
 pub const CREATED: &[u8] = b"created\n";
@@ -50,6 +51,8 @@ pub struct ControlEndpoint {
     pub(super) restored_from: Option<String>,
     /// Who waits until the container of the machine is created.
     creator: Option<UnixStream>,
+    /// How often the guest may have it noted that it is short of memory.
+    out_of_memory_rate: LogRate,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
@@ -85,6 +88,7 @@ impl ControlEndpoint {
             is_suspended,
             restored_from: None,
             creator: None,
+            out_of_memory_rate: LogRate::default(),
             started,
             dir,
         })
@@ -219,6 +223,14 @@ impl ControlEndpoint {
         Ok(())
     }
 
+    /// Notes that the guest's kernel has killed processes because memory was short.
+    pub(super) fn note_out_of_memory(&mut self) -> Result<()> {
+        if self.out_of_memory_rate.allows() {
+            self.note([Event::of(&self.record, "oom")]);
+        }
+        if std::mem::replace(&mut self.record.oom_killed, true) { Ok(()) } else { self.write_record() }
+    }
+
     /// Records the machine's new state.
     pub(super) fn enter(&mut self, state: State) -> Result<()> {
         self.record.state = state;
@@ -234,6 +246,7 @@ impl ControlEndpoint {
     /// detached. Does nothing when repeated.
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
+            self.record.oom_killed = false;
             self.record.health = self.record.health_check.as_ref().map(|_| Health::default());
             self.enter(State::Running { since_ms: now_ms() })?;
             let created = std::mem::take(&mut self.is_new).then(|| Event::of(&self.record, "create"));

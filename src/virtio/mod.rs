@@ -15,7 +15,7 @@ pub mod balloon;
 pub mod block;
 pub mod config_space;
 pub mod fs;
-mod log_rate;
+pub mod log_rate;
 pub mod mmio;
 pub mod net;
 pub mod pci;

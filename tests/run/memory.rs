@@ -7,10 +7,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{OnceLock, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use crate::background::Machines;
 use crate::image::{archive, root, run};
 use crate::{TIMEOUT, finish, guests, husk_under};
 
@@ -89,6 +90,40 @@ fn a_program_that_takes_all_memory_is_killed_and_the_machine_answers() {
     for kernel in KERNELS {
         let outputs = first_line_and_exec(&guests, kernel, "tail /dev/zero; echo $?; exec sleep 1000");
         assert_eq!(outputs, ("137\n".into(), "here\n".into()), "{kernel}");
+    }
+}
+
+#[test]
+fn a_kill_for_lack_of_memory_is_an_event_and_inspected() {
+    let guests = guests!();
+    for kernel in KERNELS {
+        let machines = Machines::new(guests.clone());
+        let run = |name: &str, script: &str| {
+            let words = ["-d", "--name", name, archive(), "sh", "-c", script];
+            let mut command = husk_under(&guests, kernel, &words);
+            command.env("XDG_RUNTIME_DIR", machines.runtime.path());
+            finish(command, Vec::new()).expect(0);
+        };
+        let is_killed = |name: &str| machines.ok(&["inspect", "-f", "{{.State.OOMKilled}}", name]);
+        let actions = |name: &str| {
+            let filter = format!("container={name}");
+            machines.ok(&["events", "--since", "1h", "--until", "0s", "--filter", &filter, "--format", "{{.Action}}"])
+        };
+        run("whole", "exec tail /dev/zero");
+        assert_eq!(machines.ok(&["wait", "whole"]), "137\n", "{kernel}");
+        assert_eq!((is_killed("whole"), actions("whole")), ("true\n".into(), "create\nstart\noom\ndie\n".into()));
+        assert!(machines.ok(&["ps", "-a"]).contains("Exited (137)"));
+        // A process that is not init's child, of a machine that goes on.
+        run("part", "tail /dev/zero & echo; sleep 1000");
+        let started = Instant::now();
+        while is_killed("part") == "false\n" {
+            assert!(started.elapsed() < TIMEOUT, "{kernel}");
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(actions("part"), "create\nstart\noom\n");
+        run("none", "kill -9 $$");
+        assert_eq!(machines.ok(&["wait", "none"]), "137\n");
+        assert_eq!((is_killed("none"), actions("none")), ("false\n".into(), "create\nstart\ndie\n".into()));
     }
 }
 

@@ -13,9 +13,11 @@ use nix::unistd::Pid;
 
 use crate::connection::{self, PendingConnection};
 use crate::container::Containers;
+use crate::oom::KernelLog;
 use crate::report;
 use crate::session::{Session, World};
 use crate::setup::Prepared;
+use crate::sys::Ended;
 use crate::{connections, sys};
 
 /// The maximum number of concurrent sessions opened by the host; further ones wait for admission. With four connections
@@ -37,6 +39,8 @@ struct Agent {
     prepared: Option<Prepared>,
     /// When all processes were killed, after the main one exited.
     killed_at: Option<Instant>,
+    /// Where the kernel says that it has killed a process, unless it has no such log.
+    kernel_log: Option<KernelLog>,
 }
 
 /// Listens for sessions opened by the host. Must be called before the main process starts, since the host may connect
@@ -56,7 +60,9 @@ pub fn run(main: Session, containers: Containers, prepared: Option<Prepared>, li
         .ok();
     crate::pressure::watch();
     let (pending, others) = (Vec::new(), Vec::new());
-    let mut agent = Agent { children, listener, pending, main, others, containers, prepared, killed_at: None };
+    let kernel_log = KernelLog::open().ok();
+    let mut agent =
+        Agent { children, listener, pending, main, others, containers, prepared, killed_at: None, kernel_log };
     agent.serve();
     if let Some(kept) = agent.prepared.and_then(|prepared| prepared.kept) {
         kept.settle();
@@ -125,6 +131,10 @@ impl Agent {
         let all_gone = loop {
             match sys::reap() {
                 Ok(Some((pid, ended))) => {
+                    // Its parent may report the end of one that was killed in its own way.
+                    if ended != Ended::Exited(0) {
+                        self.note_oom_kills();
+                    }
                     self.main.note_end(pid, ended, &mut self.containers);
                     for session in &mut self.others {
                         if session.note_end(pid, ended, &mut self.containers) {
@@ -147,6 +157,13 @@ impl Agent {
         });
         if all_gone || killed_at.elapsed() > KILL_TIMEOUT {
             self.main.expect_no_more_output();
+        }
+    }
+
+    /// Tells the host if the kernel has killed processes because memory was short.
+    fn note_oom_kills(&mut self) {
+        if self.kernel_log.as_mut().is_some_and(KernelLog::take_kills) {
+            self.main.report_oom_kill();
         }
     }
 
@@ -185,9 +202,10 @@ impl Agent {
         waiting.take(SESSIONS_MAX.saturating_sub(admitted)).for_each(Session::admit);
     }
 
-    fn wait(&self) {
+    fn wait(&mut self) {
         let mut fds: Vec<PollFd> = Vec::new();
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        fds.extend(self.kernel_log.as_ref().map(|log| readable(log.as_fd())));
         fds.extend(self.children.as_ref().map(|children| readable(children.as_fd())));
         fds.extend(self.listener.as_ref().map(|listener| readable(listener.as_fd())));
         fds.extend(self.pending.iter().map(|connection| readable(connection.socket.as_fd())));
@@ -200,6 +218,10 @@ impl Agent {
             _ => PollTimeout::NONE,
         };
         let _ = poll(&mut fds, timeout);
+        let is_first_ready = fds.first().and_then(PollFd::any).unwrap_or_default();
+        if is_first_ready && self.kernel_log.is_some() {
+            self.note_oom_kills();
+        }
         // The descriptor only signals that children have exited; `reap` reaps them.
         if let Some(children) = &self.children {
             while let Ok(Some(_)) = children.read_signal() {}
@@ -240,20 +262,9 @@ mod tests {
         guest.set_nonblocking(true).unwrap();
         let main = Session::accepted(MAIN_SESSION, guest.into());
         let (pending, others) = (Vec::new(), Vec::new());
+        let (children, listener, prepared, killed_at, kernel_log) = (None, None, None, None, None);
         let containers = Containers::default();
-        (
-            Agent {
-                children: None,
-                listener: None,
-                pending,
-                main,
-                others,
-                containers,
-                prepared: None,
-                killed_at: None,
-            },
-            host,
-        )
+        (Agent { children, listener, pending, main, others, containers, prepared, killed_at, kernel_log }, host)
     }
 
     #[test]

@@ -26,6 +26,7 @@ pub mod errors;
 mod identity;
 mod mounts;
 pub mod network;
+mod oom;
 mod preload;
 mod pressure;
 mod process;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::oom::KernelLog;
 use crate::report;
 
 /// Wakes the thread when at least one program waited for memory for 600,000 µs in total within 1,000,000 µs
@@ -32,9 +33,8 @@ const AVAILABLE_DIVISOR: u64 = 16;
 const AVAILABLE_MAX_KIB: u64 = 32 << 10;
 /// A guest thrashes only if file pages take less than 1/64 of its memory. A program that reads files causes more.
 const FILES_DIVISOR: u64 = 64;
-/// The maximum sizes of /proc/meminfo and /proc/vmstat.
+/// The maximum size of /proc/meminfo.
 const MEMINFO_BYTES: usize = 4096;
-const VMSTAT_BYTES: usize = 8192;
 /// The stack size of the thread.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -42,7 +42,8 @@ const STACK_BYTES: usize = 64 << 10;
 struct Watch {
     pressure: File,
     meminfo: File,
-    vmstat: File,
+    /// Unless the kernel has no log.
+    kernel_log: Option<KernelLog>,
     killer: File,
 }
 
@@ -64,10 +65,10 @@ impl Watch {
         let mut pressure = File::options().read(true).write(true).open("/proc/pressure/memory")?;
         pressure.write_all(TRIGGER)?;
         let killer = File::options().write(true).open("/proc/sysrq-trigger")?;
-        let (meminfo, vmstat) = (File::open("/proc/meminfo")?, File::open("/proc/vmstat")?);
-        let watch = Watch { pressure, meminfo, vmstat, killer };
-        // The kernel allocates buffers for both at the first read.
-        let _ = (watch.is_short(), watch.kills());
+        let (meminfo, kernel_log) = (File::open("/proc/meminfo")?, KernelLog::open().ok());
+        let watch = Watch { pressure, meminfo, kernel_log, killer };
+        // The kernel allocates a buffer at the first read.
+        let _ = watch.is_short();
         Ok(watch)
     }
 
@@ -75,7 +76,6 @@ impl Watch {
     /// separate thread because the main thread blocks while it starts a program.
     fn run(mut self) {
         let mut thrashing = Thrashing::default();
-        let mut kills = self.kills();
         loop {
             let mut fds = [PollFd::new(self.pressure.as_fd(), PollFlags::POLLPRI)];
             let woken = poll(&mut fds, PollTimeout::NONE);
@@ -86,8 +86,7 @@ impl Watch {
             if !events.contains(PollFlags::POLLPRI) {
                 continue;
             }
-            let kills_now = self.kills();
-            if std::mem::replace(&mut kills, kills_now) != kills_now {
+            if self.kernel_log.as_mut().is_some_and(KernelLog::take_kills) {
                 // A program that the kernel killed by itself is exiting.
                 thrashing.note_kill(Instant::now());
             }
@@ -98,25 +97,12 @@ impl Watch {
         }
     }
 
-    /// How many programs the kernel has killed because memory was short.
-    fn kills(&self) -> Option<u64> {
-        let mut buffer = [0; VMSTAT_BYTES];
-        let count = self.vmstat.read_at(&mut buffer, 0).ok()?;
-        buffer.get(..count).and_then(parse_kills)
-    }
-
     /// Whether almost no memory is left for programs.
     fn is_short(&self) -> bool {
         let mut buffer = [0; MEMINFO_BYTES];
         let Ok(count) = self.meminfo.read_at(&mut buffer, 0) else { return false };
         buffer.get(..count).and_then(Memory::parse).is_some_and(Memory::is_short)
     }
-}
-
-/// How many programs were killed because memory was short, from the text of /proc/vmstat.
-fn parse_kills(text: &[u8]) -> Option<u64> {
-    let line = str::from_utf8(text).ok()?.lines().find_map(|line| line.strip_prefix("oom_kill "))?;
-    line.trim().parse().ok()
 }
 
 /// Values of /proc/meminfo, in KiB.
@@ -206,11 +192,6 @@ mod tests {
 
     #[test]
     fn a_missing_value_ends_nothing() {
-        assert_eq!(parse_kills(b"pgfault 3\noom_kill 12\noom_kill_x 4\n"), Some(12));
-        assert_eq!(
-            (parse_kills(b"pgfault 3\n"), parse_kills(b"oom_kill x\n"), parse_kills(&[0xff])),
-            (None, None, None)
-        );
         assert_eq!(Memory::parse(b""), None);
         assert_eq!(Memory::parse(&[0xff; 64]), None);
         assert_eq!(Memory::parse(MEMINFO.replace("6648", "x").as_bytes()), None);

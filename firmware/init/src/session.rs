@@ -191,6 +191,11 @@ impl Session {
         self.control.say(&ToHost::Renewed(changed.map_err(|failure| shortened(&failure.message))));
     }
 
+    /// Tells the host that the kernel has killed processes because memory was short.
+    pub fn report_oom_kill(&mut self) {
+        self.control.say(&ToHost::OutOfMemory);
+    }
+
     /// Gives up the connection to the host, which ends the session.
     pub fn disconnect(&mut self) {
         self.control = ControlConnection::default();

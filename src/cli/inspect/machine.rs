@@ -62,6 +62,8 @@ struct Condition {
     running: bool,
     paused: bool,
     restarting: bool,
+    #[serde(rename = "OOMKilled")]
+    oom_killed: bool,
     dead: bool,
     pid: u32,
     exit_code: u8,
@@ -247,6 +249,7 @@ fn condition(entry: &MachineEntry, record: &Record) -> Condition {
         running: paused || matches!(state, State::Running { .. }),
         paused,
         restarting: matches!(state, State::Restarting { .. }),
+        oom_killed: record.oom_killed,
         dead: matches!(state, State::Lost),
         pid: if entry.alive { record.pid } else { 0 },
         exit_code: code,

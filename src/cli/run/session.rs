@@ -156,7 +156,8 @@ fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_alre
             | ToHost::AskTime
             | ToHost::Resumed { .. }
             | ToHost::Renewed(_)
-            | ToHost::Waiting,
+            | ToHost::Waiting
+            | ToHost::OutOfMemory,
         )
         | None => {}
     }

@@ -134,6 +134,7 @@ impl Session {
             is_waiting: false,
             run: None,
             end: None,
+            was_out_of_memory: false,
             finish_by: None,
             signaled_at: Vec::new(),
             timings,
