@@ -3,6 +3,7 @@
 pub mod argv;
 pub mod attach;
 pub mod bench;
+mod booleans;
 pub mod boot;
 pub mod commit;
 pub mod completions;
@@ -77,6 +78,7 @@ mod volume;
 pub mod wait;
 pub mod warm;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::time::Instant;
 
@@ -250,6 +252,11 @@ enum Command {
 }
 
 impl Cli {
+    /// Parses `words`, which follow the program's name.
+    pub fn parse_words(words: &[OsString]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([OsString::from("husk")].iter().chain(booleans::without_values(words).iter()))
+    }
+
     /// Executes the command on the calling thread. Must be called once per process, since it sets up the log. `started`
     /// is when the process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
