@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-pub use self::launch::{become_stopped, check_restartable, spawn, spawn_detached, start_stopped};
+pub use self::launch::{become_stopped, check_restartable, spawn, spawn_detached, spawn_fed, start_stopped};
 pub use self::restart::RestartPolicy;
 use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;
@@ -156,6 +156,11 @@ impl LifecycleArgs {
         self.foreground = foreground;
     }
 
+    /// Runs the machine in the background.
+    pub fn detach(&mut self) {
+        self.detach = true;
+    }
+
     /// The maximum size of the log, if the user has set it.
     fn log_max_bytes(&self) -> Option<u64> {
         let given = self.log_opt.iter().rev().find_map(|option| match option {
@@ -297,12 +302,12 @@ impl LifecycleArgs {
             stop_timeout_ms: stop_timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             health_check: health_check.or(earlier_check),
             health: None,
+            oom_killed: false,
             process,
             identity,
             mounts,
             sandbox_lacks: Vec::new(),
             config: config.clone(),
-            oom_killed: false,
         })
     }
 

@@ -213,6 +213,10 @@ impl Run {
     fn try_run(mut self, started: Instant, created_volumes: &mut Created) -> Result<Exit> {
         let in_foreground = if self.only_creates { Foreground::Created } else { Foreground::StaysIfNamed };
         self.lifecycle.in_foreground(in_foreground);
+        let feeds = self.docker.attaches_only_input();
+        if feeds && !self.only_creates {
+            self.lifecycle.detach();
+        }
         let timings = Arc::new(Timings::new(started));
         self.process.mask_values();
         let mounts = self.mounts.parse()?;
@@ -244,7 +248,11 @@ impl Run {
             bail!("a disk image is modified in place: remove --scratch and --keep");
         }
         if self.lifecycle.spawns_detached() {
-            return lifecycle::spawn_detached();
+            return if feeds && self.process.interactive {
+                lifecycle::spawn_fed()
+            } else {
+                lifecycle::spawn_detached()
+            };
         }
         let mut dir = self.lifecycle.dir()?;
         if self.lifecycle.stays() {

@@ -202,9 +202,9 @@ impl Session {
         self.send(&ToGuest::CheckClock);
     }
 
-    /// Forwards input from `from` to the process, if it has an input.
-    pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
-        self.streams.attach_input(from)
+    /// Forwards input from `from` to the process, if it has an input, which ends with it if it `is_only` input.
+    pub fn attach_input(&mut self, from: UnixStream, is_only: bool) -> Result<()> {
+        self.streams.attach_input(from, is_only)
     }
 
     /// The maximum time to wait for the guest to exit, in milliseconds; -1 is unlimited.

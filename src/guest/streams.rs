@@ -108,11 +108,11 @@ impl Streams {
         Ok(())
     }
 
-    /// Forwards input from `from` until it ends. Other clients may provide input after that.
-    pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
+    /// Forwards input from `from` until it ends. Other clients may provide input after that, unless it `is_only` input.
+    pub fn attach_input(&mut self, from: UnixStream, is_only: bool) -> Result<()> {
         let Some(input) = &self.input else { return Ok(()) };
         let socket = input.try_clone().context("set up a stream")?;
-        self.start_input(File::from(OwnedFd::from(from)), socket, false)
+        self.start_input(File::from(OwnedFd::from(from)), socket, is_only)
     }
 
     fn start_input(&mut self, from: File, socket: UnixStream, is_only: bool) -> Result<()> {

@@ -102,6 +102,22 @@ pub fn attach(control: &Path, signals: &SignalFd, options: Options) -> Result<En
     if result? { Ok(End::Detached) } else { code(end).map(End::Ended) }
 }
 
+/// Makes standard input that of the process of the machine with the control socket `control`, and returns when it has ended, or
+/// the process takes no more.
+pub fn feed_process(control: &Path) -> Result<()> {
+    let mut stream = match client::begin(control, &Request::Feed)?.reply()? {
+        (Reply::Done, stream) => stream,
+        (Reply::Refused(why), _) => bail!(why),
+        (other, _) => bail!("unexpected response from the machine: {other:?}"),
+    };
+    if io::copy(&mut io::stdin().lock(), &mut stream).is_ok() {
+        stream.shutdown(Shutdown::Write).context("end the input")?;
+        // The machine has read everything when it closes the connection.
+        let _ = stream.read(&mut [0]);
+    }
+    Ok(())
+}
+
 /// Waits for the machine's exit code.
 pub fn code(end: PendingRequest) -> Result<u8> {
     match end.reply()? {

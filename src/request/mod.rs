@@ -14,7 +14,7 @@ use husk_protocol::frame::Message;
 use serde::{Deserialize, Serialize};
 
 /// The protocol version. Any change of a message increments it.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// A request with its protocol version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +73,9 @@ pub enum Request {
         /// The new name.
         name: String,
     },
+    /// Turn the connection into the input of the machine's process: its end is the end of that, and is answered by the end of the
+    /// connection.
+    Feed,
 }
 
 /// What a snapshot is like.

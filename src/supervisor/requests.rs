@@ -185,6 +185,10 @@ impl Recipient for Supervisor<'_> {
                 self.attach(caller)?;
                 return Ok(None);
             }
+            Request::Feed => {
+                self.take_input(caller)?;
+                return Ok(None);
+            }
             Request::Resize { rows, columns } => {
                 if let Some(session) = &mut self.session {
                     session.resize_to(WindowSize { rows, columns });
@@ -241,7 +245,7 @@ impl Supervisor<'_> {
         match &mut self.session {
             Some(session) => {
                 stream.set_nonblocking(false)?;
-                session.attach_input(stream)
+                session.attach_input(stream, false)
             }
             None => {
                 if let Some(mut earlier) = self.input.take() {
@@ -252,6 +256,15 @@ impl Supervisor<'_> {
                 self.feed()
             }
         }
+    }
+
+    /// Makes what the caller sends the whole input of the machine's process.
+    fn take_input(&mut self, caller: Caller) -> Result<()> {
+        let session =
+            self.session.as_mut().context("the machine runs its own init, which has a console: use husk attach")?;
+        let Some(stream) = self.endpoint.server.hand_over(caller) else { return Ok(()) };
+        stream.set_nonblocking(false)?;
+        session.attach_input(stream, true)
     }
 
     /// Changes the machine's limits and its record. The first limit that cannot be set stops the update; those before

@@ -105,6 +105,23 @@ fn a_machine_is_entered_by_processes_with_separate_streams_and_exit_codes() {
 }
 
 #[test]
+fn with_input_alone_attached_a_machine_is_fed_and_left_in_the_background() {
+    let machines = Machines::new(guests!());
+    let run = |flags: &[&str], script: &str, input: &[u8]| {
+        let mut command =
+            husk_run(&machines.guests, &[flags, &["-a", "stdin", archive(), "sh", "-c", script]].concat());
+        command.env("XDG_RUNTIME_DIR", machines.runtime.path());
+        finish(command, input.to_vec()).expect(0).text()
+    };
+    let id = run(&["-i", "--name", "fed"], "sleep 1; wc -c; exit 3", &[b'x'; 300_000]);
+    assert_eq!(machines.ok(&["wait", id.trim()]), "3\n", "its input has ended");
+    assert_eq!(machines.ok(&["logs", "fed"]), "300000\n");
+    let id = run(&[], "cat; echo hungry", b"x");
+    assert_eq!(machines.ok(&["wait", id.trim()]), "0\n");
+    assert_eq!(machines.ok(&["logs", id.trim()]), "hungry\n");
+}
+
+#[test]
 fn any_number_of_concurrent_processes_run() {
     // Seven used to hang before the guest's backlog was increased.
     const COUNT: usize = 100;

@@ -224,7 +224,7 @@ fn boot(spec: &GuestSpec, kernel: &GuestKernel) -> Guest {
 /// Provides input until it is dropped.
 fn input(guest: &mut Guest) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    guest.session.attach_input(theirs).unwrap();
+    guest.session.attach_input(theirs, false).unwrap();
     ours
 }
 

@@ -12,15 +12,33 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{AGAIN_FLAG, ATTACHED_FLAG};
 use crate::cli::argv::{self, IN_BACKGROUND};
 use crate::cli::exit::Exit;
+use crate::request::attach;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::Record;
-use crate::state_dir::{MachineEntry, StateDir};
+use crate::state_dir::{self, MachineEntry, StateDir};
 use crate::supervisor::notify;
 
 /// Starts this command again in the background, and waits until its machine is running or has failed to start.
 pub fn spawn_detached() -> Result<Exit> {
     match launch(Command::new("/proc/self/exe"), argv::all(), None)? {
         Launched::Running(id) => crate::cli::print(&id).map(|()| Exit::Success),
+        Launched::Failed(exit) => Ok(exit),
+    }
+}
+
+/// The same, and forwards standard input to the machine's process until it ends.
+pub fn spawn_fed() -> Result<Exit> {
+    match launch(Command::new("/proc/self/exe"), argv::all(), None)? {
+        Launched::Running(id) => {
+            crate::cli::print(&id)?;
+            // A process that has exited needs no input.
+            if let Ok(entry) = StateDir::open()?.find(id.trim_end())
+                && let Err(error) = attach::feed_process(&entry.file(state_dir::CONTROL))
+            {
+                log::info!("forward standard input: {error:#}");
+            }
+            Ok(Exit::Success)
+        }
         Launched::Failed(exit) => Ok(exit),
     }
 }

@@ -25,11 +25,20 @@ pub(in crate::cli) struct DockerFlags {
     #[arg(long, value_name = "TIME", value_parser = time::duration)]
     pub stop_timeout: Option<std::time::Duration>,
 
+    /// Attach standard input alone: print the machine's ID, leave it in the background, and with -i pass on standard input
+    #[arg(short, long, value_name = "STREAM", value_parser = stream, hide_short_help = true)]
+    attach: Vec<String>,
+
     #[command(flatten)]
     _satisfied: Satisfied,
 }
 
 impl DockerFlags {
+    /// Whether no output of the machine is attached.
+    pub fn attaches_only_input(&self) -> bool {
+        !self.attach.is_empty() && self.attach.iter().all(|stream| stream == "stdin")
+    }
+
     /// The CPUs that `--cpu-quota` asks for.
     pub fn cpus(&self) -> Result<Option<Cpus>> {
         let Some(quota) = self.cpu_quota else { return Ok(None) };
@@ -40,10 +49,16 @@ impl DockerFlags {
     }
 }
 
+/// The name of a stream, in small letters.
+fn stream(text: &str) -> Result<String, String> {
+    let name = text.to_ascii_lowercase();
+    let is_known = matches!(name.as_str(), "stdin" | "stdout" | "stderr");
+    is_known.then_some(name).ok_or_else(|| "use stdin, stdout or stderr".to_owned())
+}
+
 /// A flag that a machine satisfies anyway.
 struct Idle {
     long: &'static str,
-    short: Option<char>,
     values: Values,
 }
 
@@ -60,18 +75,14 @@ enum Values {
 }
 
 const fn idle(long: &'static str, values: Values) -> Idle {
-    Idle { long, short: None, values }
+    Idle { long, values }
 }
 
 const OWN_KERNEL: &str =
     "a machine has a kernel of its own, and shares no namespace with the host or with other machines";
 
-const IDLE: [Idle; 20] = [
+const IDLE: [Idle; 19] = [
     idle("annotation", Values::Any),
-    Idle {
-        short: Some('a'),
-        ..idle("attach", Values::OneOf(&["stdin", "stdout", "stderr"], "use stdin, stdout or stderr"))
-    },
     idle("cgroupns", Values::OneOf(&["", "private", "host"], OWN_KERNEL)),
     idle("detach-keys", Values::Any),
     idle("disable-content-trust", Values::Switch),
@@ -131,10 +142,6 @@ impl FromArgMatches for Satisfied {
 impl Idle {
     fn arg(&self) -> Arg {
         let arg = Arg::new(self.long).long(self.long).hide(true).action(ArgAction::Append);
-        let arg = match self.short {
-            Some(short) => arg.short(short),
-            None => arg,
-        };
         let is_switch = matches!(self.values, Values::Switch | Values::Only(..));
         let arg = if is_switch { arg.num_args(0..=1).require_equals(true) } else { arg.allow_hyphen_values(true) };
         match self.values {
