@@ -80,7 +80,8 @@ impl Cp {
     fn copy_from(&self, name: &str, path: &str) -> Result<Copied> {
         let bar = Progress::on_terminal().count("copy");
         let (called, must_be_dir) = base_name(path);
-        let terms = Terms { name: Some(called), must_be_dir, owners: self.archive == Some(true), trusted: false };
+        let owners = self.archive == Some(true);
+        let terms = Terms { name: Some(called), must_be_dir, owners, ..Terms::default() };
         let copied = self.receive(name, path, |stream| {
             Ok(tree::receive(stream, Path::new(&self.to), terms, &mut |bytes| bar.set(bytes))?)
         })?;

@@ -15,8 +15,8 @@ use crate::report;
 /// A user that no volume belongs to by itself.
 const ANOTHER: u32 = 1;
 
-/// Copies the directory `from` of the image, if there is one, to the empty directory `to`, with modes and times, and with owners
-/// if the host has users for them. Devices and the like are left out.
+/// Copies the directory `from` of the image, if there is one, to the empty directory `to`, with modes, times, hard links and the
+/// attributes that a volume can have, and with owners if the host has users for them. Devices and the like are left out.
 pub fn fill(to: &Path, from: &Path) -> Result<(), Failure> {
     let what = || format!("copy {} of the image to its volume", from.display());
     let Ok(found) = fs::metadata(from) else { return Ok(()) };
@@ -25,11 +25,15 @@ pub fn fill(to: &Path, from: &Path) -> Result<(), Failure> {
     let owners = can_have_owners(to);
     let (read, write) = io::pipe().context(what())?;
     let received = thread::scope(|scope| {
-        let send = move || tree::send(&from.join("."), true, &mut BufWriter::new(write), &mut |_| {});
+        let send = move || tree::send_root(from, &mut BufWriter::new(write));
         thread::Builder::new().spawn_scoped(scope, send)?;
-        tree::receive(&mut BufReader::new(read), to, Terms { owners, ..Terms::default() }, &mut |_| {})
+        let terms = Terms { owners, trusted: true, attributes: true, ..Terms::default() };
+        tree::receive(&mut BufReader::new(read), to, terms, &mut |_| {})
     });
-    received.context(what())?;
+    let skipped = received.context(what())?.skipped;
+    if let Some(first) = skipped.first() {
+        report::say(&format!("left out of a volume: {first}, and {} more", skipped.len() - 1));
+    }
     if !owners {
         report::say(&format!("{}: its files have no owners, since the host has no users for them", from.display()));
     }
@@ -78,6 +82,7 @@ mod tests {
             fs::create_dir_all(made).unwrap();
         }
         fs::write(from.join("deep/er/f"), "content").unwrap();
+        fs::hard_link(from.join("deep/er/f"), from.join("same")).unwrap();
         std::os::unix::fs::symlink("deep", from.join("link")).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
         for (path, bits) in [(from.clone(), 0o1770), (from.join("deep"), 0o711), (from.join("deep/er/f"), 0o600)] {
@@ -86,10 +91,13 @@ mod tests {
         fill(&to, &from).unwrap();
         assert_eq!(fs::read_to_string(to.join("link/er/f")).unwrap(), "content");
         assert_eq!([mode(&to), mode(&to.join("deep")), mode(&to.join("deep/er/f"))], [0o1770, 0o711, 0o600]);
+        let inode = |path: &str| fs::metadata(to.join(path)).unwrap().ino();
+        assert_eq!(inode("same"), inode("deep/er/f"));
         let owner = |path: &Path| fs::metadata(path).unwrap().uid();
         assert_eq!(owner(&to), owner(&from), "the one that was tried is not left");
         fs::remove_dir_all(from.join("deep")).unwrap();
         fs::remove_file(from.join("link")).unwrap();
+        fs::remove_file(from.join("same")).unwrap();
         fill(&bare, &from).unwrap();
         assert_eq!((mode(&bare), fs::read_dir(&bare).unwrap().count()), (0o1770, 0));
         fill(&bare, &dir.join("missing")).unwrap();

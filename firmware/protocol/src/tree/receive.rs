@@ -8,9 +8,11 @@ use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{XattrFlags, fsetxattr};
+
 use super::directory::{Directory, take_after, through_links};
 use super::entries::check_name;
-use super::{About, Copied, Entries, Entry, about, failure};
+use super::{About, Copied, Entries, Entry, NOT_COPIED, about, failure, words};
 
 /// What a receiver accepts from its sender.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,12 +25,18 @@ pub struct Terms {
     pub owners: bool,
     /// Whether the sender may also change modes and owners of existing files, and create hard links.
     pub trusted: bool,
+    /// Whether extended attributes are taken, as they are sent of a [whole](super::send_root) directory.
+    pub attributes: bool,
 }
+
+/// Extended attributes: their names and values.
+type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// Creates what a stream describes: within `to` if that is a directory, or else under that name.
 pub fn receive(input: &mut impl Read, to: &Path, terms: Terms, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
     let entries = Entries::new(input, terms.trusted);
-    let mut receiver = Receiver { entries, open: Vec::new(), copied: Copied::default(), terms, progress };
+    let (open, next, copied) = (Vec::new(), Vec::new(), Copied::default());
+    let mut receiver = Receiver { entries, open, next, copied, terms, progress };
     receiver.receive(to)?;
     Ok(receiver.copied)
 }
@@ -36,6 +44,8 @@ pub fn receive(input: &mut impl Read, to: &Path, terms: Terms, progress: &mut im
 struct Receiver<'a, R, P> {
     entries: Entries<&'a mut R>,
     open: Vec<Open>,
+    /// Those of the next entry.
+    next: Attributes,
     copied: Copied,
     terms: Terms,
     progress: &'a mut P,
@@ -45,6 +55,7 @@ struct Receiver<'a, R, P> {
 struct Open {
     dir: Directory,
     becomes: Option<About>,
+    attributes: Attributes,
 }
 
 /// The destination of the first entry.
@@ -67,7 +78,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         match self.place(to, &first)? {
             Place::Itself(dir) => {
                 self.copied.entries += u64::from(matches!(first, Entry::Directory(..)));
-                self.open.push(Open { dir, becomes: None });
+                self.open.push(Open { dir, becomes: None, attributes: Vec::new() });
             }
             Place::In(dir, name) => {
                 let made = self.make(&dir, &name, first)?;
@@ -75,6 +86,9 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             }
         }
         while let Some(entry) = self.entries.next_entry()? {
+            if self.is_about_next(&entry) {
+                continue;
+            }
             // Depth was validated when the entry was read.
             let Some(outer) = self.open.pop() else { return Err(failure("the sender sent invalid data")) };
             if entry == Entry::Leave {
@@ -90,6 +104,16 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             self.open.extend(inner);
         }
         Ok(())
+    }
+
+    /// Whether an entry says something about the next one, which is kept in mind.
+    fn is_about_next(&mut self, entry: &Entry) -> bool {
+        match entry {
+            Entry::Attribute(name, value) if self.terms.attributes => self.next.push((name.clone(), value.clone())),
+            Entry::Linked if self.terms.attributes => {}
+            _ => return false,
+        }
+        true
     }
 
     /// The destination of the first entry: `to` may be the directory to create it in, its name, or a link of the user
@@ -123,13 +147,22 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
     /// Creates the entry `name` in `dir`. Returns it if contents follow.
     fn make(&mut self, dir: &Directory, name: &OsStr, entry: Entry) -> io::Result<Option<Open>> {
         self.copied.entries += u64::from(!matches!(entry, Entry::Enter(_)));
+        let attributes = std::mem::take(&mut self.next);
         match entry {
             Entry::Directory(_, about) => {
                 let (dir, is_new) = dir.make_dir(name, 0o700)?;
-                Ok(Some(Open { dir, becomes: (is_new || self.terms.trusted).then_some(about) }))
+                Ok(Some(Open { dir, becomes: (is_new || self.terms.trusted).then_some(about), attributes }))
             }
-            Entry::Enter(_) => Ok(Some(Open { dir: dir.make_dir(name, 0o755)?.0, becomes: None })),
-            Entry::File(_, about, _) => self.make_file(dir, name, about).map(|()| None),
+            Entry::Enter(_) => Ok(Some(Open { dir: dir.make_dir(name, 0o755)?.0, becomes: None, attributes })),
+            Entry::File(_, about, _) => {
+                let file = self.make_file(dir, name, about)?;
+                self.set_attributes(&file, &dir.path_of(name), &attributes);
+                Ok(None)
+            }
+            Entry::Special(..) if self.terms.attributes => {
+                self.copied.skipped.push(format!("{}: {NOT_COPIED}", dir.path_of(name).display()));
+                Ok(None)
+            }
             Entry::Link(_, target, about) => {
                 dir.make_link(name, &target)?;
                 if self.terms.owners {
@@ -146,12 +179,24 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             return Err(failure("the sender sent a hard link, which it must not"));
         }
         names.iter().try_for_each(|name| check_name(name))?;
+        // They are those of the file.
+        self.next.clear();
         self.copied.entries += 1;
         let root = self.open.first().map_or(dir, |root| &root.dir);
         dir.make_same(name, root, names)
     }
 
-    fn make_file(&mut self, dir: &Directory, name: &OsStr, about: About) -> io::Result<()> {
+    /// Sets extended attributes, as far as the file system has them.
+    fn set_attributes(&mut self, file: &File, path: &Path, attributes: &Attributes) {
+        for (name, value) in attributes {
+            if let Err(error) = fsetxattr(file, name.as_slice(), value, XattrFlags::empty()) {
+                let (path, name) = (path.display(), String::from_utf8_lossy(name));
+                self.copied.skipped.push(format!("{path}: the attribute {name}: {}", words(&error.into())));
+            }
+        }
+    }
+
+    fn make_file(&mut self, dir: &Directory, name: &OsStr, about: About) -> io::Result<File> {
         let (mut file, previous) = dir.make_file(name)?;
         let (copied, progress) = (&mut self.copied, &mut *self.progress);
         let path = dir.path_of(name);
@@ -168,12 +213,15 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             }
             None => self.finish(&file, about),
         };
-        finished.map_err(|error| self::about("change", &path, &error))
+        finished.map_err(|error| self::about("change", &path, &error))?;
+        Ok(file)
     }
 
-    fn complete(&self, open: &Open) -> io::Result<()> {
+    fn complete(&mut self, open: &Open) -> io::Result<()> {
         let Some(becomes) = open.becomes else { return Ok(()) };
-        let finished = self.finish(&open.dir.as_file()?, becomes);
+        let dir = open.dir.as_file()?;
+        let finished = self.finish(&dir, becomes);
+        self.set_attributes(&dir, open.dir.path(), &open.attributes);
         finished.map_err(|error| about("change", open.dir.path(), &error))
     }
 

@@ -4,6 +4,8 @@ use std::fs::{self, Permissions};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
+use rustix::fs::{FileType, Mode, XattrFlags};
+
 use super::*;
 
 /// A temporary directory of a test.
@@ -362,6 +364,32 @@ fn files_of_proc_and_sys_are_sent_with_their_actual_size() {
         received(&bytes, &place.0.join("file")).unwrap();
         assert_eq!(fs::read(place.0.join("file")).unwrap(), got);
     }
+}
+
+#[test]
+fn hard_links_and_attributes_of_a_whole_directory_arrive() {
+    let place = Place::new("whole");
+    let (from, to) = (place.0.join("from"), place.0.join("to"));
+    fs::create_dir_all(from.join("dir")).unwrap();
+    fs::create_dir(&to).unwrap();
+    fs::write(from.join("dir/one"), "content").unwrap();
+    fs::hard_link(from.join("dir/one"), from.join("two")).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, from.join("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    // Not every file system has them.
+    let set = |name: &str| rustix::fs::lsetxattr(from.join(name), "user.a", b"value", XattrFlags::empty()).is_ok();
+    let has_attributes = set("dir") && set("two");
+    let mut bytes = Vec::new();
+    send_root(&from, &mut bytes).unwrap();
+    assert!(received_by(trusting(), &bytes, &to).is_err(), "they are not asked for");
+    let copied = received_by(Terms { attributes: true, ..trusting() }, &bytes, &to).unwrap();
+    let inode = |name: &str| fs::metadata(to.join(name)).unwrap().ino();
+    assert_eq!(inode("dir/one"), inode("two"));
+    for name in ["dir", "two"] {
+        let mut value = [0; 9];
+        let found = rustix::fs::lgetxattr(to.join(name), "user.a", &mut value);
+        assert_eq!(found.ok().map(|len| &value[..len]), has_attributes.then_some(&b"value"[..]), "{name}");
+    }
+    assert_eq!(copied.skipped, [format!("{}: {NOT_COPIED}", to.join("pipe").display())]);
 }
 
 #[test]
