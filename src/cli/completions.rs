@@ -5,6 +5,7 @@ use clap::{Args, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 
 use super::exit::Exit;
+use super::reach;
 use crate::image::Store;
 use crate::resources::bridge;
 use crate::state_dir::StateDir;
@@ -154,7 +155,7 @@ impl Names {
 }
 
 fn machines(only_running: bool) -> Result<Vec<String>> {
-    let mut entries = StateDir::open()?.list()?;
+    let mut entries = reach::machines(&StateDir::open()?)?;
     entries.retain(|entry| entry.alive || !only_running);
     Ok(entries.iter().map(|entry| entry.name().to_owned()).collect())
 }

@@ -110,9 +110,7 @@ impl Ps {
         let filters = self.list.filters(&COLUMNS)?;
         check_states(filters.values("status"))?;
         let chosen = Chosen::of(&filters, &state_dir)?;
-        let mut entries = state_dir.list()?;
-        entries
-            .retain(|entry| !entry.record.as_ref().is_some_and(|record| record.labels.contains_key(reach::FILES_OF)));
+        let mut entries = reach::machines(&state_dir)?;
         let shows_all = self.all || filters.values("status").chain(filters.values("exited")).next().is_some();
         match self.last.or(self.latest.then_some(1)) {
             Some(count) => entries.truncate(count),

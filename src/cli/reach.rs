@@ -28,6 +28,13 @@ pub struct Reached {
     stopped: Option<MachineEntry>,
 }
 
+/// The machines of the user, most recent first, without those that serve the files of others.
+pub fn machines(state_dir: &StateDir) -> Result<Vec<MachineEntry>> {
+    let serves_files =
+        |entry: &MachineEntry| entry.record.as_ref().is_some_and(|record| record.labels.contains_key(FILES_OF));
+    Ok(state_dir.list()?.into_iter().filter(|entry| !serves_files(entry)).collect())
+}
+
 impl Reached {
     /// Finds the machine with this name or ID, and starts another one for its files if it is stopped.
     pub fn find(word: &str) -> Result<Reached> {
@@ -98,5 +105,28 @@ impl Drop for Reached {
         if let Err(error) = self.stop() {
             log::warn!("{error:#}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::state_dir::record::Record;
+    use crate::state_dir::record::tests::record;
+    use crate::state_dir::tests::state_dir;
+
+    #[test]
+    fn a_machine_that_serves_files_is_none_of_the_users() {
+        let (_temporary, state_dir) = state_dir();
+        let labels = [BTreeMap::new(), BTreeMap::from([(FILES_OF.to_owned(), "0123456789ab".to_owned())])];
+        let dirs = labels.map(|labels| {
+            let dir = state_dir.create(None).unwrap();
+            dir.write(&Record { id: dir.id(), labels, ..record() }).unwrap();
+            dir
+        });
+        let found: Vec<String> = machines(&state_dir).unwrap().into_iter().map(|entry| entry.id).collect();
+        assert_eq!((found, state_dir.list().unwrap().len()), (vec![dirs[0].id()], 2));
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
+use super::reach;
 use crate::state_dir::{MachineEntry, StateDir};
 
 // The arguments of commands for several machines.
@@ -33,7 +34,7 @@ impl Selection {
     pub fn words(self, suits: impl Fn(&MachineEntry) -> bool) -> Result<Vec<String>> {
         let state_dir = StateDir::open()?;
         if self.all {
-            return Ok(state_dir.list()?.into_iter().filter(suits).map(|entry| entry.id).collect());
+            return Ok(reach::machines(&state_dir)?.into_iter().filter(suits).map(|entry| entry.id).collect());
         }
         let mut words = self.machines;
         for path in &self.cidfile {

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::exit::Exit;
 use super::list::{Columns, FormatFlag, Row};
+use super::reach;
 use crate::foreign;
 use crate::request::{Reply, Request, Stats, client};
 use crate::state_dir::record::State;
@@ -102,7 +103,7 @@ impl StatsArgs {
     fn sample(&self, state_dir: &StateDir) -> Result<Vec<Sample>> {
         if self.machines.is_empty() {
             // A machine that has just ended is no error.
-            let running = state_dir.list()?.into_iter().filter(|entry| entry.alive);
+            let running = reach::machines(state_dir)?.into_iter().filter(|entry| entry.alive);
             return Ok(running.filter_map(|entry| fetch(&entry).ok().map(|stats| (entry, Some(stats)))).collect());
         }
         let sample = |word: &String| {

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::exit::Exit;
 use super::inspect::{self, Format};
 use super::prune::Prune;
+use super::reach;
 use crate::foreign;
 use crate::image::Store;
 use crate::state_dir::StateDir;
@@ -172,7 +173,7 @@ impl Info {
 
 fn facts() -> Result<Facts> {
     let store = Store::open_default()?;
-    let states: Vec<State> = StateDir::open()?.list()?.iter().map(|entry| entry.state()).collect();
+    let states: Vec<State> = reach::machines(&StateDir::open()?)?.iter().map(|entry| entry.state()).collect();
     let count = |is: &dyn Fn(&State) -> bool| states.iter().filter(|state| is(state)).count();
     let running = count(&|state| matches!(state, State::Starting | State::Running { .. } | State::Restarting { .. }));
     let paused = count(&|state| matches!(state, State::Paused { .. }));

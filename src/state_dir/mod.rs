@@ -301,13 +301,13 @@ fn lock(base: &Path) -> Result<File> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
     use crate::state_dir::record::tests::record;
 
-    pub(super) fn state_dir() -> (tempfile::TempDir, StateDir) {
+    pub(crate) fn state_dir() -> (tempfile::TempDir, StateDir) {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().join("husk");
         machine_dir::own(&base).unwrap();

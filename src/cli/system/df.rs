@@ -10,6 +10,7 @@ use indicatif::HumanBytes;
 
 use crate::cli::exit::Exit;
 use crate::cli::list::{Columns, ListFlags, Row};
+use crate::cli::reach;
 use crate::image::{Listed, Store};
 use crate::state_dir::{MachineEntry, StateDir};
 use crate::sys::disk::allocated_bytes;
@@ -52,7 +53,7 @@ impl Df {
     pub fn run(self) -> Result<Exit> {
         self.list.filters(&COLUMNS)?;
         let store = Store::open_default()?;
-        let machines = StateDir::open()?.list()?;
+        let machines = reach::machines(&StateDir::open()?)?;
         let images = store.list()?;
         let kinds = [
             ("Images", images_of(&store, &images, &machines)),
