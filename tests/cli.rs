@@ -414,6 +414,75 @@ fn shells_complete_names() {
 }
 
 #[test]
+fn volumes_have_labels() {
+    let data = tempfile::tempdir().unwrap();
+    let run = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+        command.args(words).envs([("HUSK_DATA", data.path()), ("XDG_RUNTIME_DIR", data.path())]);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    fs::write(data.path().join("labels"), "# of all\nteam=web\n").unwrap();
+    let file = data.path().join("labels");
+    assert_eq!(run(&["volume", "create", "--label", "team=db", "--label", "old", "pages"]), "pages\n");
+    assert_eq!(run(&["volume", "create", "--label-file", file.to_str().unwrap(), "site"]), "site\n");
+    run(&["volume", "create", "plain"]);
+    for (filters, found) in [
+        (&["label=team"][..], "pages\nsite\n"),
+        (&["label=team=db"], "pages\n"),
+        (&["label=team=x"], ""),
+        (&["label=team", "label=old"], "pages\n"),
+    ] {
+        let filters = filters.iter().flat_map(|filter| ["--filter", filter]);
+        assert_eq!(run(&["volume", "ls", "-q"].into_iter().chain(filters).collect::<Vec<_>>()), found);
+    }
+    assert_eq!(run(&["volume", "inspect", "-f", "{{json .Labels}}", "pages"]), "{\"old\":\"\",\"team\":\"db\"}\n");
+    assert_eq!(run(&["volume", "ls", "--filter", "name=site", "--format", "{{.Labels}}"]), "team=web\n");
+    // Another volume of this name has none of them.
+    run(&["volume", "rm", "pages"]);
+    run(&["volume", "create", "pages"]);
+    assert_eq!(run(&["volume", "ls", "-q", "--filter", "label=old"]), "");
+}
+
+#[test]
+fn a_users_mistake_is_answered_with_what_to_type() {
+    let data = tempfile::tempdir().unwrap();
+    fs::write(data.path().join("junk"), "junk").unwrap();
+    let junk = data.path().join("junk");
+    for (words, told) in [
+        (&["run", "Debian"][..], "invalid image name \"Debian\": names consist of lowercase letters"),
+        (&["run", "debian:"], "; and there is no such file"),
+        (&["run", "debian@sha256:123"], "\"sha256:123\" is not a SHA-256 digest"),
+        (&["run", "-v", "rel/path:/x", "x"], "a path that starts with / or ./"),
+        (&["run", "-v", "data:relative", "x"], "use an absolute path in the machine"),
+        (&["run", "--cpus", "0", "x"], "1 to 32"),
+        (&["run", "-m", "1M", "x"], "use --memory 32M or more"),
+        (&["run", "-m", "512", "x"], "a plain number is bytes"),
+        (&["run", "-l", "=x", "x"], "use KEY=VALUE or KEY"),
+        (&["run", "-p", "99999:80", "x"], "host ports are 1 to 65535"),
+        (&["run", "--network", "host", "x"], "use --network user"),
+        (&["exec", "web"], "add one after the machine"),
+        (&["exec", "web", "ls"], "see `husk ps -a`"),
+        (&["cp", "a", "b"], "use MACHINE:PATH"),
+        (&["tag", "debian"], "use husk tag <SOURCE_IMAGE> <TARGET_IMAGE>"),
+        (&["load", "-i", junk.to_str().unwrap()], "junk: it is not a tar archive"),
+        (&["pull", "localhost:1/x"], "Connection refused"),
+        (&["volume", "rm", "none"], "see `husk volume ls`"),
+        (&["rmi", "none"], "see `husk images`"),
+        (&["stop", "none"], "see `husk ps -a`"),
+        (&["compose", "up"], "husk network create"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+        command.args(words).envs([("HUSK_DATA", data.path()), ("XDG_RUNTIME_DIR", data.path())]);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && errors.lines().count() == 1, "{words:?}: {errors}");
+        assert!(errors.starts_with("husk: ") && errors.contains(told), "{words:?}: {errors}");
+    }
+}
+
+#[test]
 fn completions_exist_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = stdout(&["completions", shell]);

@@ -216,6 +216,11 @@ impl LifecycleArgs {
         Ok(StateDir::open()?.find(id)?.record()?.image_id.clone())
     }
 
+    /// Fails if a label is invalid.
+    pub fn check_labels(&self) -> Result<()> {
+        self.labels.labels().map(drop)
+    }
+
     /// Fails if the file for the machine's ID exists.
     pub fn check_cidfile(&self) -> Result<()> {
         let taken = self.again.is_none() && self.cidfile.as_ref().is_some_and(|path| path.exists());

@@ -226,6 +226,7 @@ impl Run {
         }
         // Before an image is pulled.
         self.machine.check()?;
+        self.lifecycle.check_labels()?;
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = match &self.from {
             Some(dir) => self.machine.adopt(dir)?.into(),

@@ -73,7 +73,7 @@ impl Save {
         let mut new = path.clone().into_os_string();
         new.push(".part");
         let write = || -> Result<()> {
-            let mut file = File::create(&new).with_context(|| format!("create {}", new.display()))?;
+            let mut file = File::create(&new).with_context(|| format!("create {}", path.display()))?;
             save(&mut file)?;
             fs::rename(&new, path).with_context(|| format!("write {}", path.display()))
         };

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use log::Level;
 
+use super::reference::Reference;
 use super::{Prepared, Source, Store};
 use crate::resources::root_file::{self, Kind};
 
@@ -61,6 +62,13 @@ pub struct Finding<'a> {
 pub fn find_or_prepare(word: &str, finding: Finding<'_>) -> Result<Option<Prepared>> {
     let store = Store::open_default()?;
     let source = word.parse::<Source>()?;
+    if let Source::Path { path, image: None } = &source
+        && !word.starts_with(['/', '.', '~'])
+        && !path.exists()
+        && let Err(error) = word.parse::<Reference>()
+    {
+        bail!("{error:#}; and there is no such file");
+    }
     let comes_from_registry = matches!(source, Source::Name { .. }) && store.path_of(&source)?.is_none();
     if !(comes_from_registry && finding.pull == PullPolicy::Always)
         && let Some(prepared) = store.prepared(&source)?

@@ -37,6 +37,8 @@ pub enum Source {
     Id(String),
 }
 
+/// The size of a tar archive's header, which is enough to recognize compressed data.
+const HEADER_BYTES: usize = 512;
 /// The prefixes used by skopeo and podman.
 const PREFIXES: [&str; 3] = ["docker-archive:", "oci-archive:", "oci:"];
 
@@ -107,9 +109,11 @@ pub(super) fn look_into(
     let whole = Part::whole(file)?;
     ensure!(whole.size_bytes > 0, "it is empty");
     let mut start = Vec::new();
-    whole.clone().take(512).read_to_end(&mut start)?;
+    whole.clone().take(HEADER_BYTES as u64).read_to_end(&mut start)?;
+    let compression = unpack::compression(&start);
+    ensure!(compression.is_some() || start.len() == HEADER_BYTES, "it is not a tar archive");
     let unpacked = || unpack::unpacked(whole.clone());
-    let members = match unpack::compression(&start) {
+    let members = match compression {
         None => Members::of(whole.clone())?,
         Some(_) if !members::may_hold_an_image(unpacked()?.take(max_bytes)) => None,
         Some(_) => Members::of(Part::whole(spool(outside.new_file()?, &mut unpacked()?, max_bytes)?)?)?,

@@ -145,14 +145,14 @@ impl Store {
         self.volumes()?
             .into_iter()
             .find(|volume| volume.name == name)
-            .with_context(|| format!("no such volume: {name}"))
+            .with_context(|| format!("no such volume: {name} (see `husk volume ls`)"))
     }
 
     /// Removes a volume with all that is in it, unless a running machine has it.
     pub fn remove_volume(&self, name: &str) -> Result<()> {
         let path = self.volume_path(name)?;
         let folder = match File::open(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!("no such volume: {name}"),
+            Err(error) if error.kind() == ErrorKind::NotFound => bail!("no such volume: {name} (see `husk volume ls`)"),
             folder => folder.with_context(|| format!("open volume {name}"))?,
         };
         ensure!(folder.try_lock().is_ok(), "volume {name} is in use by a running machine");

@@ -12,7 +12,7 @@ use crate::cli::limits::LimitFlags;
 use crate::cli::network::NetworkFlags;
 use crate::cli::pull::PullFlags;
 use crate::cli::size;
-use crate::config::{Invalid, MAX_CPUS, MachineConfig, Transport};
+use crate::config::{Invalid, MAX_CPUS, MIN_MEMORY_MIB, MachineConfig, Transport};
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::{ImageProcess, on_demand};
 use crate::resources::guest_kernel::{Choice, GuestKernel};
@@ -117,6 +117,9 @@ impl MachineFlags {
     pub fn check(&self) -> Result<()> {
         if !(1..=MAX_CPUS).contains(&self.cpus.vcpus) {
             return Err(Invalid::Cpus(self.cpus.vcpus).into());
+        }
+        if self.memory < MIN_MEMORY_MIB {
+            return Err(Invalid::TooLittleMemory(self.memory).into());
         }
         self.network.check()
     }
