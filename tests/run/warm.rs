@@ -145,6 +145,17 @@ fn a_snapshot_of_a_waiting_machine_is_for_any_command() {
         let ended = finish(plain(&["run", "--from", path, "echo", word]), Vec::new());
         assert_eq!(ended.expect(0).text(), format!("{word}\n"));
     }
+    // With a disk and folders, which the one that was saved did not have.
+    fs::write(dir.path().join("f"), "shared\n").unwrap();
+    let folder = format!("{}:/mnt:ro", dir.path().display());
+    let script = "cat /mnt/f; dd if=/dev/zero of=/big bs=1M count=150 2>&1 | grep -c No.space";
+    let at = ["run", "--from", path, "--scratch", "300M", "-v", &folder, "-v", "/data", "sh", "-c", script];
+    let ended = finish(plain(&at), Vec::new());
+    assert!(ended.expect(1).text().starts_with("shared\n"), "{}", ended.text());
+    assert!(ended.text().ends_with("\n0\n"), "more than its memory holds: {}", ended.text());
+    let ended =
+        finish(plain(&["run", "--from", path, "sh", "-c", "dd if=/dev/zero of=/big bs=1M count=150"]), Vec::new());
+    assert!(ended.errors.contains("No space left"), "{}", ended.errors);
     let refused = |words: &[&str], code: i32, why: &str| {
         let ended = finish(plain(words), Vec::new());
         assert!(ended.errors.contains(why), "{words:?}: {}", ended.errors);
