@@ -46,7 +46,7 @@ pub(super) struct History {
 }
 
 impl History {
-    /// Prints the steps, latest first. Sizes are those of the layers as they are stored.
+    /// Prints the steps, latest first. Sizes are those of the layers' files, as in Docker.
     pub fn run(self) -> Result<Exit> {
         self.list.filters(&COLUMNS)?;
         let (id, steps) = Store::open_default()?.history(&self.image)?;

@@ -51,8 +51,7 @@ impl Store {
             Top::Root(archive) => (archive, Vec::new()),
         };
         let digest = self.keep_archive(archive)?;
-        let layers: Vec<LayerRecord> =
-            below.into_iter().chain([LayerRecord { diff_id: digest, blob: Some(digest) }]).collect();
+        let layers: Vec<LayerRecord> = below.into_iter().chain([LayerRecord::new(digest, Some(digest))]).collect();
         let config = match base.map(|base| self.config_of(base)).transpose()?.flatten() {
             Some(json) => serde_json::from_slice(&json).context("read the configuration of the image")?,
             None => json!({ "config": record.map(|record| process(&record.process)) }),

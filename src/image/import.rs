@@ -21,7 +21,7 @@ use super::erofs::Form;
 use super::manifest::Platform;
 use super::outside::{self, Outside, Remote, RootSource};
 use super::progress::{Follower, Progress};
-use super::root::{self, Root, RootLimits};
+use super::root::{self, Root, RootLimits, Unpacked};
 use super::source::{self, Found};
 use super::store::{Store, Work};
 use super::{Image, Layer, unpack};
@@ -110,7 +110,7 @@ impl Imported {
 struct Read {
     /// `None` for a root file system, and for layers.
     image: Option<ImageDescription>,
-    unpacked_bytes: u64,
+    unpacked: Unpacked,
 }
 
 /// What to read, and how.
@@ -176,24 +176,24 @@ fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
         Input::Archive(file, _) => source::look_into(file.try_clone()?, job.image, &job.platform, max_bytes, outside)?,
         Input::Directory(_) => source::look_in_directory(job.image, &job.platform, outside)?,
         Input::Layers(layers) => {
-            let unpacked_bytes = root::of_layers(layers, outside, job.form, &job.limits, progress)?;
-            return Ok(Read { image: None, unpacked_bytes });
+            let unpacked = root::of_layers(layers, outside, job.form, &job.limits, progress)?;
+            return Ok(Read { image: None, unpacked });
         }
     };
     Ok(match found {
         Found::Image(image) => {
             image.config.check_platform()?;
-            let unpacked_bytes = root::of_layers(&image.layers, outside, job.form, &job.limits, progress)?;
+            let unpacked = root::of_layers(&image.layers, outside, job.form, &job.limits, progress)?;
             let blobs = if job.keeps_layers { keep_layers(&image.layers, outside)? } else { Vec::new() };
             let Image { config_json, names, beside, .. } = *image;
             let description = ImageDescription { config_json, names, count: beside.len().max(1), blobs };
-            Read { image: Some(description), unpacked_bytes }
+            Read { image: Some(description), unpacked }
         }
         Found::RootArchive(archive) => {
-            let unpacked_bytes = root::of_archive(&archive, outside, job.form, &job.limits, progress)?;
-            Read { image: None, unpacked_bytes }
+            let unpacked = root::of_archive(&archive, outside, job.form, &job.limits, progress)?;
+            Read { image: None, unpacked }
         }
-        Found::RootDirectory => Read { image: None, unpacked_bytes: 0 },
+        Found::RootDirectory => Read { image: None, unpacked: Unpacked::default() },
     })
 }
 
@@ -319,7 +319,9 @@ impl Outside for Import<'_> {
                 ensure!(before == FileState::of(file)?, "it was changed while it was read");
                 let key = root::key("archive and content", self.store.form, &[digest, content]);
                 // The same root file system may have been built from another file, and machines may be using it.
-                self.store.existing_root(key, 0)?.map_or_else(|| State::Keyed(key, work), State::Exists)
+                self.store
+                    .existing_root(key, Unpacked::default())?
+                    .map_or_else(|| State::Keyed(key, work), State::Exists)
             }
             other => other,
         };
@@ -339,22 +341,22 @@ impl<'a> Import<'a> {
         }
         ensure!(diff_ids.len() <= MAX_LAYERS, "too many layers");
         let key = self.store.key_of_layers(diff_ids);
-        if let Some(root) = self.store.existing_root(key, 0)? {
+        if let Some(root) = self.store.existing_root(key, Unpacked::default())? {
             return Ok(State::Exists(root));
         }
         let work = self.store.work_file(&key.hex())?;
         // Another process may have built it while this one was waiting.
-        Ok(self.store.existing_root(key, 0)?.map_or_else(|| State::Keyed(key, work), State::Exists))
+        Ok(self.store.existing_root(key, Unpacked::default())?.map_or_else(|| State::Keyed(key, work), State::Exists))
     }
 
     /// Names the file that was written. What `read` describes may be anything.
     fn finish(self, read: Read) -> Result<(Option<Imported>, Option<Root>)> {
-        let Read { image, unpacked_bytes } = read;
+        let Read { image, unpacked } = read;
         let image = image.map(Imported::verify).transpose()?;
         let root = match self.state.into_inner() {
             State::Unknown if image.is_none() && matches!(self.input, Input::Directory(_)) => return Ok((None, None)),
-            State::Keyed(key, work) => self.store.keep_root(key, work, unpacked_bytes)?,
-            State::Exists(root) => Root { unpacked_bytes, ..root },
+            State::Keyed(key, work) => self.store.keep_root(key, work, unpacked)?,
+            State::Exists(root) => Root { unpacked, ..root },
             State::Unknown | State::Hashing(..) => bail!("its root filesystem was not built"),
         };
         if let Some(image) = &image {
@@ -420,7 +422,7 @@ mod tests {
         fs::write(&path, "another").unwrap();
         let error = format!("{:#}", import.root_key(Digest::of(b"")).unwrap_err());
         assert_eq!(error, "it was changed while it was read");
-        let read = Read { image: None, unpacked_bytes: 0 };
+        let read = Read { image: None, unpacked: Unpacked::default() };
         assert!(import.finish(read).is_err());
     }
 
@@ -434,7 +436,7 @@ mod tests {
             let import = Import::new(&store, &input, false);
             assert!(import.begin_root(&RootSource::Layers(vec![Digest::of(begun)])).unwrap().is_some());
             let image = ImageDescription { config_json, names: Vec::new(), count: 1, blobs: Vec::new() };
-            import.finish(Read { image: Some(image), unpacked_bytes: 0 })
+            import.finish(Read { image: Some(image), unpacked: Unpacked::default() })
         };
         let (image, _) = made(b"own", json(b"own")).unwrap();
         assert_eq!(image.unwrap().id, Digest::of(json(b"own").as_bytes()));
@@ -451,7 +453,7 @@ mod tests {
         let config_json = r#"{"rootfs":{"type":"layers"}}"#.to_owned();
         for image in [None, Some(ImageDescription { config_json, names: Vec::new(), count: 1, blobs: Vec::new() })] {
             let import = Import::new(&store, &input, false);
-            let found = import.finish(Read { image, unpacked_bytes: 0 });
+            let found = import.finish(Read { image, unpacked: Unpacked::default() });
             assert!(!matches!(found, Ok((_, Some(_)))));
         }
         assert_eq!(fs::read_dir(dir.path().join("roots")).unwrap().count(), 0);

@@ -57,6 +57,16 @@ pub struct LayerRecord {
     /// The digest of its compressed blob.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blob: Option<Digest>,
+    /// The size of its files, if known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_bytes: Option<u64>,
+}
+
+impl LayerRecord {
+    /// A layer whose files have not been measured.
+    pub fn new(diff_id: Digest, blob: Option<Digest>) -> LayerRecord {
+        LayerRecord { diff_id, blob, files_bytes: None }
+    }
 }
 
 impl Record {
@@ -66,6 +76,7 @@ impl Record {
         if self.layers.len() == known.layers.len() {
             for (layer, known) in self.layers.iter_mut().zip(&known.layers) {
                 layer.blob = layer.blob.or(known.blob);
+                layer.files_bytes = layer.files_bytes.or(known.files_bytes);
             }
         }
         self.unpacked_bytes = self.unpacked_bytes.max(known.unpacked_bytes);
@@ -112,6 +123,7 @@ impl Index {
         if let Some(known) = self.images.get(&id) {
             record.keep_what_is_known(known);
         }
+        self.measure(&mut record);
         if record.source.is_some() {
             let old = self.images.iter().filter(|&(&old, found)| found.source == record.source && old != id);
             let old: Vec<Digest> = old.map(|(&old, _)| old).collect();
@@ -124,6 +136,17 @@ impl Index {
         self.images.insert(id, record);
         if let Some(file) = file {
             self.files.insert(file, id);
+        }
+    }
+
+    /// Notes the sizes of layers that another image has as well.
+    fn measure(&self, record: &mut Record) {
+        let known = |diff_id| {
+            let mut layers = self.images.values().flat_map(|image| &image.layers);
+            layers.find_map(|layer| layer.files_bytes.filter(|_| layer.diff_id == diff_id))
+        };
+        for layer in record.layers.iter_mut().filter(|layer| layer.files_bytes.is_none()) {
+            layer.files_bytes = known(layer.diff_id);
         }
     }
 

@@ -21,10 +21,10 @@ pub enum Whiteouts {
 }
 
 /// Applies a layer on top of `tree`. Reads the stream up to the end-of-archive marker, which may be followed by more
-/// data.
-pub fn apply<R: Skip>(layer: R, whiteouts: Whiteouts, tree: &mut Tree, writer: &mut Writer) -> Result<R> {
+/// data. Returns it, and the size of the layer's files.
+pub fn apply<R: Skip>(layer: R, whiteouts: Whiteouts, tree: &mut Tree, writer: &mut Writer) -> Result<(R, u64)> {
     tree.begin_layer();
-    let mut archive = Archive::new(layer);
+    let (mut archive, mut files_bytes) = (Archive::new(layer), 0_u64);
     while let Some(entry) = archive.next_entry()? {
         let path = entry.path.clone();
         let names = components(&path).with_context(|| tar::shown(&path))?;
@@ -32,14 +32,26 @@ pub fn apply<R: Skip>(layer: R, whiteouts: Whiteouts, tree: &mut Tree, writer: &
             Some((name, parents)) if whiteouts == Whiteouts::Apply && name.starts_with(WHITEOUT_PREFIX) => {
                 whiteout(&parents.join(&b'/'), name, tree)
             }
-            _ => put(entry, &mut archive, tree, writer),
+            _ => {
+                files_bytes = files_bytes.saturating_add(file_bytes(&entry));
+                put(entry, &mut archive, tree, writer)
+            }
         }
         .with_context(|| tar::shown(&path))?;
         for content in tree.take_forgotten() {
             writer.forget(&content)?;
         }
     }
-    Ok(archive.into_inner())
+    Ok((archive.into_inner(), files_bytes))
+}
+
+/// The size of a file, whatever it takes in the archive.
+fn file_bytes(entry: &tar::TarEntry) -> u64 {
+    match entry.kind {
+        Kind::File => entry.content_bytes,
+        Kind::Sparse { size_bytes, .. } => size_bytes,
+        _ => 0,
+    }
 }
 
 fn whiteout(parent: &[u8], name: &[u8], tree: &mut Tree) -> Result<()> {

@@ -43,7 +43,7 @@ impl Store {
         ensure!(archive.metadata()?.len() > 0, "it is empty");
         let diff_id = self.unpacked_digest(&archive)?;
         let blob = self.keep_archive(archive)?;
-        let layers = vec![LayerRecord { diff_id, blob: Some(blob) }];
+        let layers = vec![LayerRecord::new(diff_id, Some(blob))];
         self.keep_made(&config_json(diff_id, config, making)?, layers, making.name, progress)
     }
 
@@ -83,7 +83,7 @@ impl Store {
             source: None,
             own_names: Vec::new(),
             layers,
-            unpacked_bytes: root.unpacked_bytes,
+            unpacked_bytes: root.unpacked.bytes,
         };
         let id = Digest::of(json);
         self.record(id, record, root, None, name.map(Reference::to_string).into_iter().collect())?;

@@ -203,8 +203,8 @@ impl Store {
             added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
             source,
             own_names,
-            layers: diff_ids.into_iter().map(|diff_id| LayerRecord { diff_id, blob: blobs.next() }).collect(),
-            unpacked_bytes: root.unpacked_bytes,
+            layers: diff_ids.into_iter().map(|diff_id| LayerRecord::new(diff_id, blobs.next())).collect(),
+            unpacked_bytes: root.unpacked.bytes,
         };
         let prepared = self.record(id, record, root, seen.settled.then_some(seen.key), Vec::new())?;
         Ok((prepared, count))
@@ -214,12 +214,15 @@ impl Store {
     pub(super) fn record(
         &self,
         id: Digest,
-        record: Record,
+        mut record: Record,
         root: Root,
         file: Option<String>,
         names: Vec<String>,
     ) -> Result<Prepared> {
         let process = record.process.clone();
+        for (layer, bytes) in record.layers.iter_mut().zip(&root.unpacked.layers) {
+            layer.files_bytes = Some(*bytes);
+        }
         self.update(|index| {
             index.add(id, record, file, &|id| !self.machines_with(id).is_empty());
             index.names.extend(names.into_iter().map(|name| (name, id)));

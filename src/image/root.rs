@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use super::bundle::Part;
 use super::digest::{Digest, Hasher, Hashing};
@@ -24,8 +25,17 @@ use super::{Layer, unpack};
 pub struct Root {
     pub key: Digest,
     pub file: File,
-    /// The uncompressed size of its source; zero if it already existed.
-    pub unpacked_bytes: u64,
+    /// What was unpacked; nothing if it already existed.
+    pub unpacked: Unpacked,
+}
+
+/// What was unpacked for a root file system.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unpacked {
+    /// The uncompressed size of its layers.
+    pub bytes: u64,
+    /// The size of the files in each layer, lowest first.
+    pub layers: Vec<u64>,
 }
 
 /// The key of a root file system: any difference in how it is built changes the key.
@@ -42,26 +52,26 @@ pub struct RootLimits {
     pub unpacked_bytes: u64,
 }
 
-/// Builds the root file system of these layers, unless it exists. Returns the uncompressed size of what was read.
+/// Builds the root file system of these layers, unless it exists. Returns what was unpacked.
 pub fn of_layers(
     layers: &[Layer],
     outside: &dyn Outside,
     form: Form,
     limits: &RootLimits,
     progress: Progress,
-) -> Result<u64> {
+) -> Result<Unpacked> {
     let diff_ids = layers.iter().filter_map(|layer| layer.diff_id).collect();
     build(&RootSource::Layers(diff_ids), layers, outside, form, limits, progress)
 }
 
-/// Builds the root file system in a tar archive, unless it exists. Returns its uncompressed size.
+/// Builds the root file system in a tar archive, unless it exists. Returns what was unpacked.
 pub fn of_archive(
     archive: &Part,
     outside: &dyn Outside,
     form: Form,
     limits: &RootLimits,
     progress: Progress,
-) -> Result<u64> {
+) -> Result<Unpacked> {
     let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
     build(&RootSource::Archive, &[layer], outside, form, limits, progress)
 }
@@ -73,15 +83,15 @@ fn build(
     form: Form,
     limits: &RootLimits,
     progress: Progress,
-) -> Result<u64> {
+) -> Result<Unpacked> {
     let whiteouts = match source {
         RootSource::Layers(_) => Whiteouts::Apply,
         RootSource::Archive => Whiteouts::Keep,
     };
-    let Some(file) = outside.begin_root(source)? else { return Ok(0) };
+    let Some(file) = outside.begin_root(source)? else { return Ok(Unpacked::default()) };
     let mut maker = Maker::new(file, outside.new_file()?, form, limits);
     let read = maker.add_layers(layers, whiteouts, progress)?;
-    maker.finish(outside.root_key(read.content)?).map(|()| read.unpacked_bytes)
+    maker.finish(outside.root_key(read.content)?).map(|()| read.unpacked)
 }
 
 impl Store {
@@ -100,39 +110,39 @@ impl Store {
         progress: Progress,
     ) -> Result<Root> {
         let key = key("directory", self.form, &[state]);
-        if let Some(root) = self.existing_root(key, 0)? {
+        if let Some(root) = self.existing_root(key, Unpacked::default())? {
             return Ok(root);
         }
         let work = self.work_file(&key.hex())?;
         // Another process may have built it while this one was waiting.
-        if let Some(root) = self.existing_root(key, 0)? {
+        if let Some(root) = self.existing_root(key, Unpacked::default())? {
             return Ok(root);
         }
         work.file.set_len(0)?;
         let limits = RootLimits { unpacked_bytes: self.unpack_limit()? };
         let mut maker = Maker::new(work.file.try_clone()?, self.nameless_file()?, self.form, &limits);
         let bar = progress.bar("preparing", total_bytes);
-        let unpacked_bytes = directory::add(path, &mut maker.tree, &mut maker.writer, &mut |done| bar.set(done))?;
+        let bytes = directory::add(path, &mut maker.tree, &mut maker.writer, &mut |done| bar.set(done))?;
         maker.finish(Some(key))?;
-        self.keep_root(key, work, unpacked_bytes)
+        self.keep_root(key, work, Unpacked { bytes, layers: Vec::new() })
     }
 
     /// Names a root file system that was written.
-    pub(super) fn keep_root(&self, key: Digest, mut work: Work, unpacked_bytes: u64) -> Result<Root> {
+    pub(super) fn keep_root(&self, key: Digest, mut work: Work, unpacked: Unpacked) -> Result<Root> {
         work.keep_as(self, &self.root_path(key))?;
-        let root = self.existing_root(key, unpacked_bytes)?;
+        let root = self.existing_root(key, unpacked)?;
         root.with_context(|| format!("the root filesystem {} was removed right after it was created", key.short()))
     }
 
     /// The root file system with this key, if it exists.
-    pub(super) fn existing_root(&self, key: Digest, unpacked_bytes: u64) -> Result<Option<Root>> {
-        Ok(self.use_root(key)?.map(|file| Root { key, file, unpacked_bytes }))
+    pub(super) fn existing_root(&self, key: Digest, unpacked: Unpacked) -> Result<Option<Root>> {
+        Ok(self.use_root(key)?.map(|file| Root { key, file, unpacked }))
     }
 }
 
 /// What was read of layers.
 struct LayersRead {
-    unpacked_bytes: u64,
+    unpacked: Unpacked,
     /// Identifies their uncompressed content.
     content: Digest,
 }
@@ -159,23 +169,32 @@ impl Maker {
     fn add_layers(&mut self, layers: &[Layer], whiteouts: Whiteouts, progress: Progress) -> Result<LayersRead> {
         let packed_bytes = layers.iter().map(|layer| layer.part.size_bytes).sum();
         let bar = progress.bar("preparing", packed_bytes);
-        let (mut unpacked_bytes, mut done_bytes, mut content) = (0, 0, Hasher::default());
+        let (mut unpacked, mut done_bytes, mut content) = (Unpacked::default(), 0, Hasher::default());
         for (number, layer) in (1..).zip(layers) {
             let what = || match layer.diff_id {
                 Some(_) => format!("layer {number} of {}", layers.len()),
                 None => "the archive".to_owned(),
             };
-            let hasher = self.add_layer(layer, whiteouts, unpacked_bytes, &bar, done_bytes).with_context(what)?;
-            unpacked_bytes += hasher.len_bytes();
+            let added = self.add_layer(layer, whiteouts, unpacked.bytes, &bar, done_bytes);
+            let (hasher, files_bytes) = added.with_context(what)?;
+            unpacked.bytes += hasher.len_bytes();
+            unpacked.layers.push(files_bytes);
             done_bytes += layer.part.size_bytes;
             content.update(hasher.digest().hex().as_bytes());
         }
-        Ok(LayersRead { unpacked_bytes, content: content.digest() })
+        Ok(LayersRead { unpacked, content: content.digest() })
     }
 
     /// Applies and verifies a layer. Also takes the uncompressed size before it, and the number of bytes of layers read
-    /// so far.
-    fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<Hasher> {
+    /// so far. Returns its digest, and the size of its files.
+    fn add_layer(
+        &mut self,
+        layer: &Layer,
+        whiteouts: Whiteouts,
+        before: u64,
+        bar: &Bar,
+        done: u64,
+    ) -> Result<(Hasher, u64)> {
         let verified = Arc::new(AtomicBool::new(layer.blob.is_none()));
         let read_bytes = Arc::new(AtomicU64::new(done));
         let part = Counted { reader: layer.part.clone(), read_bytes: read_bytes.clone() };
@@ -188,16 +207,16 @@ impl Maker {
         let unpacked = unpack::ReadAhead::start(move || unpack::unpacked(blob))?;
         let limited = Limited { reader: unpacked, left_bytes: self.limit_bytes.saturating_sub(before) };
         let hashing = Hashing::new(Shown { reader: limited, bar, read_bytes });
-        let mut rest = layer::apply(Stream(hashing), whiteouts, &mut self.tree, &mut self.writer)?.0;
+        let (mut rest, files_bytes) = layer::apply(Stream(hashing), whiteouts, &mut self.tree, &mut self.writer)?;
         // Archives are padded with zeroes, which are part of the digest.
-        io::copy(&mut rest, &mut io::sink())?;
+        io::copy(&mut rest.0, &mut io::sink())?;
         ensure!(verified.load(Ordering::Relaxed), "it has data after its end");
-        let hasher = rest.into_hasher();
+        let hasher = rest.0.into_hasher();
         if let Some(diff_id) = layer.diff_id {
             let found = hasher.clone().digest();
             ensure!(found == diff_id, "it unpacks to {found}, but the expected digest is {diff_id}");
         }
-        Ok(hasher)
+        Ok((hasher, files_bytes))
     }
 }
 

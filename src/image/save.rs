@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::bundle::Part;
 use super::digest::Digest;
+use super::index::LayerRecord;
 use super::reference::{Reference, Version};
 use super::source::Source;
 use super::store::Store;
@@ -222,7 +223,7 @@ pub struct Step {
     pub created_by: String,
     /// Of its author.
     pub comment: String,
-    /// The size of its layer as it is stored; 0 without one.
+    /// The size of the files in its layer or, if that is not known, of the layer as it is stored; 0 without one.
     pub size_bytes: u64,
 }
 
@@ -243,7 +244,8 @@ impl Store {
                 Some((blob, std::fs::metadata(self.blob_path(blob)).ok()?.len()))
             })
             .collect();
-        let mut layers = image.record.layers.iter().map(|layer| layer.blob.and_then(|blob| sizes.get(&blob).copied()));
+        let stored = |layer: &LayerRecord| layer.blob.and_then(|blob| sizes.get(&blob).copied());
+        let mut layers = image.record.layers.iter().map(|layer| layer.files_bytes.or_else(|| stored(layer)));
         let no_steps = Vec::new();
         let steps = config["history"].as_array().unwrap_or(&no_steps);
         let text = |step: &Value, key: &str| step[key].as_str().unwrap_or_default().to_owned();

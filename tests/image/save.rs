@@ -92,7 +92,7 @@ fn several_images_are_loaded_from_standard_input_and_from_a_layout() {
 fn a_root_filesystem_becomes_an_image_with_a_history() {
     let house = House::new();
     house.sh(
-        "mkdir -p d/bin; echo 1 >d/bin/sh; tar --format=pax -C d -czf d.tar.gz .; tar --format=pax -C d -cf d.tar .",
+        "mkdir -p d/bin; echo 1 >d/bin/sh; head -c 1000000 /dev/zero >d/zeros; tar --format=pax -C d -czf d.tar.gz .; tar --format=pax -C d -cf d.tar .",
     );
     let words = ["import", "-c", "CMD [\"sh\", \"-l\"]", "--change", "ENV A=b", "-m", "mine", "d.tar.gz", "base:1"];
     let id = ok(&house, &words).trim().to_owned();
@@ -102,8 +102,11 @@ fn a_root_filesystem_becomes_an_image_with_a_history() {
         (image["Config"]["Env"][0].as_str(), image["RootFS"]["Layers"].as_array().unwrap().len()),
         (Some("A=b"), 1)
     );
-    let history = ok(&house, &["history", "--format", "{{.ID}} {{.Comment}}", "--no-trunc", "base:1"]);
-    assert_eq!(history, format!("{id} mine\n"));
+    let history = ok(&house, &["history", "--format", "{{.ID}} {{.Comment}} {{.Size}}", "--no-trunc", "base:1"]);
+    assert_eq!(history, format!("{id} mine 976.56 KiB\n"), "the size of its files");
+    // Its root filesystem exists already.
+    ok(&house, &["import", "d.tar.gz", "again:1"]);
+    assert_eq!(ok(&house, &["history", "--format", "{{.Size}}", "again:1"]), "976.56 KiB\n");
     if is_root() {
         assert_same(&house.path("d"), &house.root("base:1"));
     }

@@ -17,6 +17,7 @@ use crate::image::index::{LayerRecord, Record};
 use crate::image::manifest::Platform;
 use crate::image::progress::{Follower, Progress};
 use crate::image::reference::Reference;
+use crate::image::root::Unpacked;
 use crate::image::store::{Store, Work};
 use crate::sandbox::ThreadRole;
 use crate::sandbox::task::{self, Confined};
@@ -49,7 +50,7 @@ impl Store {
             return Ok(Pulled { prepared, digest: image.digest, is_known });
         }
         let layers = || image.layers.iter().zip(&image.config.diff_ids);
-        let root = match self.existing_root(self.key_of_layers(&image.config.diff_ids), 0)? {
+        let root = match self.existing_root(self.key_of_layers(&image.config.diff_ids), Unpacked::default())? {
             Some(root) => root,
             None => {
                 let layers = layers().map(|(layer, &diff_id)| self.stored_layer(layer.digest, diff_id));
@@ -64,8 +65,8 @@ impl Store {
             added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
             source: None,
             own_names: Vec::new(),
-            layers: layers().map(|(layer, &diff_id)| LayerRecord { diff_id, blob: Some(layer.digest) }).collect(),
-            unpacked_bytes: root.unpacked_bytes,
+            layers: layers().map(|(layer, &diff_id)| LayerRecord::new(diff_id, Some(layer.digest))).collect(),
+            unpacked_bytes: root.unpacked.bytes,
         };
         let prepared = self.record(image.id, record, root, None, vec![name])?;
         Ok(Pulled { prepared, digest: image.digest, is_known })
