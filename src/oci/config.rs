@@ -103,7 +103,7 @@ pub struct User {
 }
 
 /// Five sets of capabilities by name.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Capabilities {
     /// What no program can exceed.

@@ -31,7 +31,8 @@ pub fn run_all(kind: &str, hooks: &[Hook], state: &str) {
     }
 }
 
-fn run_one(hook: &Hook, state: &str) -> Result<()> {
+/// Runs one hook with `state`.
+pub fn run_one(hook: &Hook, state: &str) -> Result<()> {
     ensure!(hook.path.is_absolute(), "its path is not absolute");
     let mut command = Command::new(&hook.path);
     if let [name, args @ ..] = &hook.args[..] {

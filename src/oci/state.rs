@@ -3,6 +3,7 @@
 //! ```text
 //! ROOT/ID/state.json    what was created, and its process on the host; replaced atomically
 //! ROOT/ID/config.json   the configuration at that time
+//! ROOT/ID/hook.json     the process that a startContainer hook is in the container
 //! ROOT/ID/share/        where the share of its machine is assembled, if that is its own
 //! ROOT/ID/start         where it waits to be started, if it is not the first of its machine
 //! ```
@@ -29,6 +30,8 @@ use crate::state_dir::{MachineEntry, StateDir};
 const FILE: &str = "state.json";
 /// The directory where the machine's share is assembled.
 const SHARE: &str = "share";
+/// The description of a hook that is run in the container.
+const HOOK: &str = "hook.json";
 /// How long the process of a container waits until its creator has noted it.
 const CREATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The length of an ID. Those of engines have 64 characters.
@@ -216,6 +219,11 @@ impl Dir {
     /// Where the machine's share is assembled.
     pub fn share(&self) -> PathBuf {
         self.path.join(SHARE)
+    }
+
+    /// Where a hook that is run in the container is described.
+    pub fn hook(&self) -> PathBuf {
+        self.path.join(HOOK)
     }
 
     /// The saved configuration.

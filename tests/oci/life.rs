@@ -179,6 +179,8 @@ fn hooks_and_signals_act_at_their_moments() {
     runtime.create("c").fails_with("createRuntime hook /bin/sh: exit status: 3");
     runtime.expect_nothing_left();
 
+    runs_hooks_in_the_container(&runtime);
+
     // A signal to one that is only created ends it.
     runtime.configure("true", |_| {});
     runtime.create("c").expect(0);
@@ -188,4 +190,28 @@ fn hooks_and_signals_act_at_their_moments() {
     runtime.run(&["delete", "c"]).expect(0);
     assert_eq!(runtime.run(&["run", "c"]).expect(0), "");
     runtime.expect_nothing_left();
+}
+
+fn runs_hooks_in_the_container(runtime: &Runtime) {
+    let hook = |script: &str| json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin", "A=b"] }]);
+    let told = runtime.path("rootfs/told");
+    let script = "cat > /told; printf \"$A $HOME\" >> /told";
+    runtime.configure("cat /told; sleep 1000", |config| {
+        config["hooks"] = json!({ "startContainer": hook(script) });
+    });
+    let output = fs::File::create(runtime.path("output")).unwrap();
+    let mut command = runtime.command(&["run", "--detach", "--pid-file", "../pid", "c"]);
+    // As with `create`, the streams are the container's.
+    assert!(command.stdout(output.try_clone().unwrap()).stderr(output).status().unwrap().success());
+    assert_eq!(runtime.status("c"), "running");
+    runtime.await_output("b /root");
+    assert!(runtime.output().contains("\"status\":\"created\""), "{}", runtime.output());
+    assert!(Path::new(&format!("/proc/{}", fs::read_to_string(runtime.path("pid")).unwrap())).exists());
+    runtime.run(&["delete", "--force", "c"]).expect(0);
+    fs::remove_file(told).unwrap();
+
+    runtime.configure("touch /told", |config| config["hooks"] = json!({ "startContainer": hook("exit 3") }));
+    runtime.run(&["run", "c"]).fails_with("startContainer hook /bin/sh");
+    runtime.expect_nothing_left();
+    assert!(!runtime.path("rootfs/told").exists(), "its program has run");
 }

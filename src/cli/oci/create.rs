@@ -33,6 +33,17 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Create {
     #[command(flatten)]
     creation: Creation,
+}
+
+#[derive(Debug, Args)]
+struct Creation {
+    /// Directory with config.json and, usually, the root filesystem
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+
+    /// Number of further descriptors for the process; a machine cannot have any
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
 
     /// File to which the PID of the container's process is written
     #[arg(long, value_name = "FILE")]
@@ -49,17 +60,6 @@ pub(super) struct Create {
     /// Accepted as other runtimes have it
     #[arg(long, hide = true)]
     no_new_keyring: bool,
-}
-
-#[derive(Debug, Args)]
-struct Creation {
-    /// Directory with config.json and, usually, the root filesystem
-    #[arg(short, long, value_name = "DIR", default_value = ".")]
-    bundle: PathBuf,
-
-    /// Number of further descriptors for the process; a machine cannot have any
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    preserve_fds: u32,
 
     /// ID of the container
     #[arg(value_name = "ID")]
@@ -71,9 +71,9 @@ pub(super) struct Run {
     #[command(flatten)]
     creation: Creation,
 
-    /// File to which the PID of the container's process is written
-    #[arg(long, value_name = "FILE")]
-    pid_file: Option<PathBuf>,
+    /// Return when the container is running, and leave it to be deleted later
+    #[arg(short, long)]
+    detach: bool,
 }
 
 /// A container that was created, and its process, a child of this one.
@@ -85,30 +85,25 @@ struct Created {
 
 impl Create {
     pub(super) fn run(self, flags: &Flags) -> Result<()> {
-        let terminal = |config: &Config| match (has_terminal(config), &self.console_socket) {
-            (true, None) => bail!("process.terminal is set: use --console-socket to get the terminal"),
-            (true, Some(socket)) => {
-                let size = config.process.as_ref().and_then(|process| process.console_size);
-                console::open(socket, size).map(Some)
-            }
-            (false, Some(_)) => bail!("process.terminal is not set: remove --console-socket"),
-            (false, None) => Ok(None),
-        };
-        let created = self.creation.create(flags, terminal, true)?;
-        let written = write_pid(self.pid_file.as_deref(), created.process.id());
-        written.or_else(|error| created.take_back(flags, &self.creation.id, error))
+        self.creation.create_in_background(flags).map(drop)
     }
 }
 
 impl Run {
     pub(super) fn run(self, flags: &Flags) -> Result<Exit> {
         let id = &self.creation.id;
+        if self.detach {
+            let created = self.creation.create_in_background(flags)?;
+            let started = start::start(flags, id).map(|()| Exit::Success);
+            return started.or_else(|error| created.take_back(flags, id, error));
+        }
+        ensure!(self.creation.console_socket.is_none(), "--console-socket: it is for --detach");
         // From now on none ends this process before the container is deleted.
         let signals = supervisor::block_signals(true)?;
         // The container's terminal is this process's.
         let mut created = self.creation.create(flags, |_| Ok(None), false)?;
-        let begun = write_pid(self.pid_file.as_deref(), created.process.id()).and_then(|()| start::start(flags, id));
-        if let Err(error) = begun {
+        let written = write_pid(self.creation.pid_file.as_deref(), created.process.id());
+        if let Err(error) = written.and_then(|()| start::start(flags, id)) {
             return created.take_back(flags, id, error);
         }
         let exit = supervise::pass_signals_on(&signals, &mut created.process, false)?;
@@ -118,6 +113,24 @@ impl Run {
 }
 
 impl Creation {
+    /// Creates the container apart from this process's session, with a terminal for the console socket if it has one.
+    fn create_in_background(&self, flags: &Flags) -> Result<Created> {
+        let terminal = |config: &Config| match (has_terminal(config), &self.console_socket) {
+            (true, None) => bail!("process.terminal is set: use --console-socket to get the terminal"),
+            (true, Some(socket)) => {
+                let size = config.process.as_ref().and_then(|process| process.console_size);
+                console::open(socket, size).map(Some)
+            }
+            (false, Some(_)) => bail!("process.terminal is not set: remove --console-socket"),
+            (false, None) => Ok(None),
+        };
+        let created = self.create(flags, terminal, true)?;
+        match write_pid(self.pid_file.as_deref(), created.process.id()) {
+            Ok(()) => Ok(created),
+            Err(error) => created.take_back(flags, &self.id, error),
+        }
+    }
+
     /// Creates the container, with its terminal from `terminal`. Leaves nothing behind on an error. `leads_session` says whether its
     /// process leaves this one's session.
     fn create(

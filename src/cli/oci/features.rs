@@ -16,7 +16,7 @@ impl Features {
         let features = json!({
             "ociVersionMin": "1.0.0",
             "ociVersionMax": VERSION,
-            "hooks": ["prestart", "createRuntime", "createContainer", "poststart", "poststop"],
+            "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
             "mountOptions": guest::mount_options(),
             "linux": {
                 "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
