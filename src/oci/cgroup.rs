@@ -1,6 +1,7 @@
 //! The cgroup of a container on the host (runtime-spec, config-linux.md, "Control groups"): its machine's processes are in it.
 //!
-//! The engine names it: by a path below the root of each hierarchy, or with systemd by `slice:prefix:name`.
+//! The engine names it: by a path below the root of each hierarchy, or with systemd by `slice:prefix:name`. Whoever is not the host's
+//! root may not be allowed to make it. The machine's size then is the only limit.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -11,14 +12,50 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::config::Resources;
+use super::config::{Linux, Resources};
 use super::machine::HOST_OVERHEAD_MIB;
+use crate::sys::namespaces::is_hosts_root;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// How long the kernel may take until a cgroup whose processes have ended can be removed.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The names of systemd on a message bus.
+const SYSTEMD: &str = "org.freedesktop.systemd1";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 /// The controllers of version 1 that are joined where they are mounted.
 const V1: [&str; 7] = ["memory", "cpu,cpuacct", "cpuset", "pids", "freezer", "blkio", "devices"];
+
+/// Makes and enters the container's cgroup, for a machine with this memory. Returns whether there is one that ends with the container: whoever is
+/// not the host's root goes without one that cannot be made, unless limits need it.
+pub fn provide(linux: &Linux, is_systemds: bool, memory_mib: u64) -> Result<bool> {
+    let path = &linux.cgroups_path;
+    if path.is_empty() {
+        return Ok(false);
+    }
+    let entered = || {
+        if is_systemds {
+            start_scope(path)?;
+        }
+        Cgroup::of(path, is_systemds)?.map_or(Ok(()), |cgroup| cgroup.enter(&linux.resources, memory_mib))
+    };
+    match entered() {
+        Ok(()) => Ok(true),
+        Err(error) if is_hosts_root() || !is_systemds && !is_refusal(&error) => Err(error),
+        Err(error) if linux.resources.cpu.is_limited() => {
+            Err(error).context("limits of CPUs need a cgroup, which this user cannot have")
+        }
+        Err(error) => {
+            log::info!("the machine has no cgroup of its own: {error:#}");
+            Ok(false)
+        }
+    }
+}
+
+/// Whether the reason is that the cgroups are not this user's.
+fn is_refusal(error: &anyhow::Error) -> bool {
+    let kind = error.root_cause().downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    matches!(kind, Some(ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem))
+}
 
 /// The directories of a container's cgroup: one in version 2, else one for each controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +70,12 @@ impl Cgroup {
         if path.is_empty() {
             return Ok(None);
         }
-        let relative = if is_systemds { below_slices(path)? } else { path.trim_start_matches('/').into() };
+        let relative = match is_systemds {
+            true if is_hosts_root() => below_slices(path)?,
+            true => format!("{}/{}", users_manager()?, below_slices(path)?),
+            false => path.into(),
+        };
+        let relative = relative.trim_start_matches('/');
         ensure!(
             !relative.split('/').any(|part| matches!(part, "" | "." | "..")),
             "linux.cgroupsPath {path:?} is not a path of a cgroup"
@@ -44,14 +86,14 @@ impl Cgroup {
             vec![root.join(relative)]
         } else {
             let mounted = V1.iter().map(|name| root.join(name)).filter(|dir| dir.join("tasks").exists());
-            mounted.map(|dir| dir.join(&relative)).collect()
+            mounted.map(|dir| dir.join(relative)).collect()
         };
         Ok(Some(Cgroup { dirs, is_v2 }))
     }
 
     /// Creates the cgroup, moves this process there, and limits it, for a machine with this memory. Fails if others are in it, since it
     /// ends with the container.
-    pub fn enter(&self, resources: &Resources, memory_mib: u64) -> Result<()> {
+    fn enter(&self, resources: &Resources, memory_mib: u64) -> Result<()> {
         for dir in &self.dirs {
             let is_other = |pid: Pid| pid.as_raw_nonzero().get().unsigned_abs() != std::process::id();
             ensure!(!processes(dir).any(is_other), "the cgroup {} is in use by other processes", dir.display());
@@ -105,6 +147,10 @@ impl Cgroup {
         };
         values.into_iter().filter_map(|(name, value)| Some((name, value?))).try_for_each(|(name, value)| {
             let place = self.dirs.iter().map(|dir| dir.join(name)).find(|path| path.exists());
+            if place.is_none() && name.starts_with("memory.") && !is_hosts_root() {
+                // The controller is not this user's, and the machine's own memory is a limit.
+                return Ok(());
+            }
             let place = place.with_context(|| format!("limit {name} to {value}: this host has no such controller"))?;
             fs::write(&place, &value).with_context(|| format!("write {value} to {}", place.display()))
         })
@@ -185,7 +231,7 @@ fn below_slices(path: &str) -> Result<String> {
     let [slice, prefix, name] = path.split(':').collect::<Vec<_>>()[..] else {
         bail!("linux.cgroupsPath {path:?}: with --systemd-cgroup it is SLICE:PREFIX:NAME");
     };
-    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let slice = if slice.is_empty() { default_slice() } else { slice };
     let stem = slice.strip_suffix(".slice").with_context(|| format!("{slice:?} is not the name of a slice"))?;
     let mut dirs = Vec::new();
     if stem != "-" {
@@ -198,20 +244,42 @@ fn below_slices(path: &str) -> Result<String> {
     Ok(dirs.into_iter().chain([unit]).collect::<Vec<_>>().join("/"))
 }
 
-/// Asks systemd for the scope `path` (`SLICE:PREFIX:NAME`) with this process in it, so that it leaves the cgroup to us.
-pub fn start_scope(path: &str) -> Result<()> {
-    let [slice, prefix, name] = path.split(':').collect::<Vec<_>>()[..] else { return Ok(()) };
-    let unit = if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
-    let slice = if slice.is_empty() { "system.slice" } else { slice };
-    let pid = std::process::id().to_string();
+fn default_slice() -> &'static str {
+    if is_hosts_root() { "system.slice" } else { "user.slice" }
+}
+
+/// The cgroup of the manager of this user's units, below which theirs are.
+fn users_manager() -> Result<String> {
+    let mut command = busctl();
+    command.args(["get-property", SYSTEMD, "/org/freedesktop/systemd1", MANAGER, "ControlGroup"]);
+    let output = command.output().context("ask systemd for this user's cgroup: run busctl")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let path = text.trim().strip_prefix("s \"").and_then(|text| text.strip_suffix('"'));
+    let why = String::from_utf8_lossy(&output.stderr);
+    path.map(str::to_owned).with_context(|| format!("ask systemd for this user's cgroup: {}", why.trim()))
+}
+
+/// `busctl` for the manager of this user's units. In a user namespace, its root is this user.
+fn busctl() -> Command {
     let mut command = Command::new("busctl");
-    if !rustix::process::geteuid().is_root() {
+    if !is_hosts_root() {
         command.arg("--user");
     }
-    command.args(["call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]);
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Asks systemd for the scope `path` (`SLICE:PREFIX:NAME`) with this process in it, so that it leaves the cgroup to us.
+fn start_scope(path: &str) -> Result<()> {
+    let [slice, prefix, name] = path.split(':').collect::<Vec<_>>()[..] else { return Ok(()) };
+    let unit = if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
+    let slice = if slice.is_empty() { default_slice() } else { slice };
+    let pid = std::process::id().to_string();
+    let mut command = busctl();
+    command.args(["call", SYSTEMD, "/org/freedesktop/systemd1", MANAGER]);
     command.args(["StartTransientUnit", "ssa(sv)a(sa(sv))", &unit, "fail", "3"]);
     command.args(["PIDs", "au", "1", &pid, "Delegate", "b", "true", "Slice", "s", slice, "0"]);
-    let output = command.stdin(Stdio::null()).output().context("ask systemd for a scope: run busctl")?;
+    let output = command.output().context("ask systemd for a scope: run busctl")?;
     ensure!(
         output.status.success(),
         "ask systemd for the scope {unit}: {}",

@@ -314,6 +314,15 @@ impl Process {
     }
 }
 
+impl Cpu {
+    /// Whether any of the limits is one.
+    pub fn is_limited(&self) -> bool {
+        self.quota.is_some_and(|quota| quota > 0)
+            || self.shares.is_some_and(|shares| shares > 1)
+            || !self.cpus.is_empty()
+    }
+}
+
 fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
     let what = || format!("read {}", path.display());
     let mut json = Vec::new();

@@ -26,6 +26,7 @@ use super::gate;
 use super::pod::Pod;
 use crate::state_dir::record::State as MachineState;
 use crate::state_dir::{MachineEntry, StateDir};
+use crate::sys::namespaces::is_hosts_root;
 
 const FILE: &str = "state.json";
 /// The directory where the machine's share is assembled.
@@ -109,15 +110,16 @@ pub enum Status {
     Stopped,
 }
 
-/// The directory for what ends with the host, or without root's rights, with the user's session. A session of root's is not
-/// asked for: engines outlive it.
+/// The directory for what ends with the host, or without the rights of the host's root, with the user's session. A session of root's
+/// is not asked for: engines outlive it.
 fn runtime_dir() -> Result<PathBuf> {
-    let system = Path::new("/run");
-    if access(system, Access::WRITE_OK).is_ok() {
-        return Ok(system.to_owned());
-    }
     let own = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
-    own.context("XDG_RUNTIME_DIR is not set: log in, or set it to a directory of this user's")
+    let system = Path::new("/run");
+    match own {
+        Some(own) if !is_hosts_root() => Ok(own),
+        _ if access(system, Access::WRITE_OK).is_ok() => Ok(system.to_owned()),
+        own => own.context("XDG_RUNTIME_DIR is not set: log in, or set it to a directory of this user's"),
+    }
 }
 
 /// The state directory of containers' machines. Its path is short, since it has sockets.

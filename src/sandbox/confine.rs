@@ -37,7 +37,9 @@ impl Layers {
     /// The layers of a monitor that this process starts: all that the host allows, or none.
     pub fn new(is_on: bool) -> Layers {
         let of_root = rustix::process::geteuid().is_root().then(|| FIRST_UID + std::process::id());
-        Layers { is_on, uid: of_root.filter(|_| is_on), keeps_network: false }
+        // The root of a user namespace has fewer users, and goes without another one like everybody else.
+        let uid = of_root.filter(|uid| is_on && namespaces::Users::own().contain(*uid));
+        Layers { is_on, uid, keeps_network: false }
     }
 
     /// The same, with access to the host's network.

@@ -11,6 +11,7 @@ mod life;
 mod network;
 mod pod;
 mod podman;
+mod rootless;
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -140,6 +140,10 @@ impl Creation {
         leads_session: bool,
     ) -> Result<Created> {
         ensure!(self.preserve_fds == 0, "--preserve-fds: a machine cannot have this process's descriptors");
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "only root can create containers: start them with podman, or be root in a user namespace (podman unshare)"
+        );
         let bundle =
             self.bundle.canonicalize().with_context(|| format!("open the bundle {}", self.bundle.display()))?;
         let path = bundle.join(config::FILE);

@@ -132,15 +132,9 @@ impl Supervise {
 
 /// Puts this process into the container's cgroup on the host.
 fn enter_cgroup(config: &Config, dir: &Dir, state: &State) -> Result<()> {
-    let path = if state.no_cgroup { "" } else { &config.linux.cgroups_path };
-    if state.systemd_cgroup && !path.is_empty() {
-        cgroup::start_scope(path)?;
-    }
-    let cgroup = Cgroup::of(path, state.systemd_cgroup)?;
-    if let Some(cgroup) = &cgroup {
-        cgroup.enter(&config.linux.resources, Shape::of(config)?.memory_mib)?;
-    }
-    dir.write(&State { has_cgroup: cgroup.is_some(), is_placed: true, ..dir.state()? })
+    let memory_mib = Shape::of(config)?.memory_mib;
+    let has_cgroup = !state.no_cgroup && cgroup::provide(&config.linux, state.systemd_cgroup, memory_mib)?;
+    dir.write(&State { has_cgroup, is_placed: true, ..dir.state()? })
 }
 
 /// Puts this process into the container's network namespace.
@@ -232,11 +226,11 @@ impl Machine<'_> {
     /// Moves this process and its children to the container's cgroup, where its parent is.
     fn follow_to_cgroup(&self, children: impl Iterator<Item = u32>) -> Result<()> {
         let state = self.dir.state()?;
-        let cgroup = Cgroup::of(&self.config.linux.cgroups_path, state.systemd_cgroup)?;
-        match cgroup.filter(|_| state.has_cgroup) {
-            Some(cgroup) => cgroup.add(children.chain([std::process::id()])),
-            None => Ok(()),
+        if !state.has_cgroup {
+            return Ok(());
         }
+        let cgroup = Cgroup::of(&self.config.linux.cgroups_path, state.systemd_cgroup)?;
+        cgroup.map_or(Ok(()), |cgroup| cgroup.add(children.chain([std::process::id()])))
     }
 
     /// The interfaces of this network namespace, unless it is the host's.

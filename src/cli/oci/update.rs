@@ -64,7 +64,14 @@ impl Update {
             return cgroup::write(&state, &guest_limits(&resources, true));
         }
         let config = dir.config()?;
-        let cgroup = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)?;
+        let cgroup = match state.has_cgroup {
+            true => Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)?,
+            false => None,
+        };
+        ensure!(
+            cgroup.is_some() || !resources.cpu.is_limited(),
+            "the container has no cgroup, which limits of CPUs need"
+        );
         let machine = state.machine()?;
         // The guest gives memory back with the balloon, and gets no more than it was started with.
         let most = machine.record()?.config.memory_mib;
