@@ -12,6 +12,7 @@ mod network;
 mod pod;
 mod podman;
 mod rootless;
+mod upkeep;
 
 use std::fs;
 use std::os::unix::fs::symlink;
