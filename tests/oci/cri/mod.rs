@@ -1,7 +1,9 @@
 //! Pods of containerd, as Kubernetes asks for them.
 
 mod client;
+mod manifest;
 mod messages;
+mod pods;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,11 @@ use messages::*;
 
 /// The plugins of containerd's networks, which are only in the lab.
 const PLUGINS: &str = "/opt/cni";
+
+/// The runtime handler, as docs/kubernetes.md has it.
+const HANDLER: &str = "husk";
+/// What tells a newcomer how a node is set up.
+const GUIDE: &str = include_str!("../../../docs/kubernetes.md");
 
 /// containerd with the handler `husk`, and who asks it for pods.
 struct Node {
@@ -40,15 +47,11 @@ stream_server_address = "127.0.0.1"
 bin_dir = {PLUGINS:?}
 conf_dir = {networks:?}
 [plugins."io.containerd.grpc.v1.cri".containerd]
-default_runtime_name = "husk"
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk]
-runtime_type = "io.containerd.runc.v2"
-pod_annotations = ["io.husk.*"]
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk.options]
-BinaryName = {:?}
+default_runtime_name = {HANDLER:?}
+{}
 Root = {:?}
 "#,
-            runtime.path("husk-oci"),
+            handler(&runtime),
             runtime.path("state")
         );
         let client = Client::new(&runtime.path("socket"));
@@ -78,6 +81,7 @@ Root = {:?}
             log_directory: self.logs().display().to_string(),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: cgroup_of(&self.containerd.runtime),
+                resources: None,
                 security_context: Some(LinuxSandboxSecurityContext { namespace_options: Some(namespaces) }),
             }),
             ..PodSandboxConfig::default()
@@ -85,7 +89,7 @@ Root = {:?}
     }
 
     fn run_pod(&self, config: &PodSandboxConfig) -> Id {
-        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: "husk".into() };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.into() };
         self.call("RunPodSandbox", &request)
     }
 
@@ -93,6 +97,14 @@ Root = {:?}
         self.containerd.runtime.nothing_is_left_in(&self.containerd.runtime.path("state/k8s.io"));
         expect_no_cgroups_in(&cgroup_of(&self.containerd.runtime));
     }
+}
+
+/// The configuration of the handler in the guide, which ends with its options, for the husk that is tested.
+fn handler(runtime: &Runtime) -> String {
+    let lines = GUIDE.split("```").find_map(|block| block.strip_prefix("toml\n")).unwrap();
+    let installed = "/usr/local/bin/husk-oci";
+    assert!(lines.contains(installed), "{lines}");
+    lines.replace(installed, runtime.path("husk-oci").to_str().unwrap())
 }
 
 /// A node, if containerd is there.
