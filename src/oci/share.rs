@@ -16,7 +16,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use husk_protocol::{Mount, MountSource};
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat, statfs};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, flock, mkdirat, openat, statfs};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
     UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount, mount_bind_recursive, mount_change,
@@ -58,8 +59,9 @@ impl Files {
     /// Mounts them in the share `dir` as the part of the container `id`.
     fn attach(self, dir: &Path, id: &str) -> Result<()> {
         let part = dir.join(id);
+        let made = self.part()?;
         fs::create_dir(&part).with_context(|| format!("create {}", part.display()))?;
-        attach(self.part()?.as_fd(), &part).context("mount the container's part of the share")?;
+        attach(made.as_fd(), &part).context("mount the container's part of the share")?;
         attach(self.root.as_fd(), &part.join(ROOTFS)).context("mount the root filesystem")?;
         self.binds.iter().try_for_each(|(place, copy, _)| {
             attach(copy.as_fd(), &part.join(place)).with_context(|| format!("mount {place} of the container"))
@@ -93,9 +95,12 @@ impl Files {
     }
 }
 
+/// A copy of its own: what the host mounts there later would be seen by the guest, without restrictions, and could not be unmounted.
 fn copy(path: &Path, is_recursive: bool) -> Result<OwnedFd> {
     let recursive = if is_recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
-    Ok(open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | recursive)?)
+    let copy = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | recursive)?;
+    mounts::make_private(&copy).context("separate it from the host's mounts")?;
+    Ok(copy)
 }
 
 fn copy_bind(bind: &Bind) -> Result<OwnedFd> {
@@ -128,6 +133,10 @@ pub fn assemble(dir: &Path, id: &str, files: Files) -> Result<()> {
     // Its server receives what is mounted here later.
     mount_change(dir, MountPropagationFlags::SHARED).context("mount the share")?;
     files.attach(dir, id)?;
+    make_readonly(dir)
+}
+
+fn make_readonly(dir: &Path) -> Result<()> {
     mount_remount(dir, MountFlags::BIND | MountFlags::RDONLY | QUIET, "").context("make the share read-only")
 }
 
@@ -140,17 +149,24 @@ pub fn add(machine: u32, dir: &Path, id: &str, files: Files) -> Result<()> {
 pub fn remove(machine: u32, dir: &Path, id: &str) -> Result<()> {
     let part = dir.join(id);
     within(machine, dir, || {
-        if part.exists() {
-            unmount(&part, UnmountFlags::DETACH).with_context(|| format!("unmount {}", part.display()))?;
-            fs::remove_dir(&part).with_context(|| format!("remove {}", part.display()))?;
+        if fs::symlink_metadata(&part).is_err() {
+            return Ok(());
         }
-        Ok(())
+        match unmount(&part, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // Its creation may have ended before it was mounted.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => return Err(error).with_context(|| format!("unmount {}", part.display())),
+        }
+        fs::remove_dir(&part).with_context(|| format!("remove {}", part.display()))
     })
 }
 
-/// Does something in the mount namespace of the process `machine` with the share at `dir` writable: it stays read-only for its server,
-/// since that has a mount of its own. This process has a single thread.
+/// Does something in the mount namespace of the process `machine`, with the share at `dir` writable meanwhile, which it is not for its
+/// server: that has a mount of its own. This process has a single thread.
 fn within(machine: u32, dir: &Path, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    // One at a time, since the share is writable meanwhile.
+    let lock = File::open(dir.parent().unwrap_or(dir)).with_context(|| format!("open {}", dir.display()))?;
+    flock(&lock, FlockOperation::LockExclusive).with_context(|| format!("lock {}", dir.display()))?;
     let own = File::open("/proc/self/ns/mnt").context("open the mount namespace")?;
     let here = File::open(".").context("open the working directory")?;
     let pid = i32::try_from(machine).ok().and_then(Pid::from_raw).context("the machine has no process")?;
@@ -161,7 +177,9 @@ fn within(machine: u32, dir: &Path, act: impl FnOnce() -> Result<()>) -> Result<
         // A later process with the machine's PID has none.
         ensure!(is_share(), "the machine has no share at {}", dir.display());
         mount_remount(dir, MountFlags::BIND | QUIET, "").context("make the share writable")?;
-        act()
+        let done = act();
+        // Without namespaces of its own, the server has this mount.
+        done.and(make_readonly(dir))
     };
     let done = done();
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Mount)).context("leave the machine's mounts")?;
