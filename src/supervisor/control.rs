@@ -87,6 +87,14 @@ pub fn block_signals(for_session: bool) -> Result<SignalFd> {
     SignalFd::block(&[&signal::that_end_a_process(), session].concat()).context("block signals")
 }
 
+/// Blocks all signals that can be passed on, for a process that stands for another one. Those that the C library uses cannot, and
+/// SIGPIPE and SIGCHLD are this process's own.
+pub fn block_all_signals() -> Result<SignalFd> {
+    const OWN: [i32; 6] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGPIPE, libc::SIGCHLD, 32, 33];
+    let all: Vec<i32> = (1..=libc::SIGRTMAX()).filter(|signal| !OWN.contains(signal)).collect();
+    SignalFd::block(&all).context("block signals")
+}
+
 /// Builds the machine `config` from what was opened for it, and runs it until it ends, with this process's streams connected
 /// as `stdio` says. Serves requests at `endpoint`.
 pub fn run(

@@ -10,7 +10,7 @@ pub mod notify;
 mod requests;
 mod snapshot;
 
-pub use control::{Stdio, block_signals, run};
+pub use control::{Stdio, block_all_signals, block_signals, run};
 pub use endpoint::ControlEndpoint;
 pub use health::probe;
 pub use snapshot::Save;

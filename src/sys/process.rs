@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -46,6 +46,15 @@ pub fn keep_descriptors() {
 pub fn send_signal(process: Pid, signal: i32) {
     // SAFETY: the call accesses no memory.
     let _ = unsafe { libc::kill(process.as_raw_nonzero().get(), signal) };
+}
+
+/// The same for a process that was opened: no other one can get it (pidfd_send_signal(2)).
+pub fn signal_opened(process: impl AsFd, signal: i32) -> io::Result<()> {
+    let fd = process.as_fd().as_raw_fd();
+    // SAFETY: without information about the signal, the call accesses no memory.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<libc::siginfo_t>(), 0) }
+        as isize)
+    .map(drop)
 }
 
 /// Takes over the descriptor `number` that this process was started with for that purpose. To be called once for each, before

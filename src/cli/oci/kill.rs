@@ -1,14 +1,14 @@
 //! `husk oci kill`: sends the process of a container a signal.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
-use rustix::io::Errno;
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::Flags;
 use crate::cli::{machines, signal};
 use crate::oci::state::{Dir, State, Status};
 use crate::request::Request;
+use crate::sys::process::signal_opened;
 
 #[derive(Debug, Args)]
 pub(super) struct Kill {
@@ -62,10 +62,9 @@ fn send(state: &State, signal: i32) -> Result<()> {
     let Some(handle) = process.pid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return Ok(()) };
     // Looked at after it was opened: what is killed is this process, and no later one with its PID.
     if process.is_alive() {
-        let signal = Signal::from_named_raw(signal).with_context(|| format!("signal {signal} cannot be sent"))?;
-        match pidfd_send_signal(handle, signal) {
-            Ok(()) | Err(Errno::SRCH) => {}
-            Err(error) => return Err(error.into()),
+        match signal_opened(handle, signal) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error.into()),
+            _ => {}
         }
     }
     Ok(())

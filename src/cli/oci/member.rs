@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, bail};
-use husk_protocol::ToHost;
+use husk_protocol::{Mount, ToHost};
 
 use super::channel::Channel;
 use super::create::{CREATED, PREPARED, PROCEED};
@@ -13,12 +13,13 @@ use crate::cli::exit::Exit;
 use crate::guest::exec::{self, End, Moments};
 use crate::oci::config::Config;
 use crate::oci::gate::{self, Gate};
+use crate::oci::guest::Bind;
 use crate::oci::pod::Pod;
 use crate::oci::share::Files;
 use crate::oci::state::{Dir, Root, State};
 use crate::oci::{guest, share};
 use crate::state_dir;
-use crate::sys::SignalFd;
+use crate::supervisor;
 
 /// A further container of a machine.
 pub struct Member<'a> {
@@ -30,7 +31,8 @@ pub struct Member<'a> {
 
 impl Member<'_> {
     /// Creates the container `id`, and accompanies it until it has ended.
-    pub fn run(&self, channel: &mut Channel, signals: &SignalFd, id: &str) -> Result<Exit> {
+    pub fn run(&self, channel: &mut Channel, id: &str) -> Result<Exit> {
+        let signals = supervisor::block_all_signals()?;
         let state = self.dir.state()?;
         let (sandbox_dir, sandbox) = self.pod.sandbox(self.root)?;
         let machine = sandbox.machine()?;
@@ -44,13 +46,11 @@ impl Member<'_> {
             // The creator has given up, and says why.
             return Ok(Exit::Failure);
         }
-        let gate = Gate::shut(self.dir)?;
-        self.dir.write(&State { machine: Some(machine.id.clone()), ..self.dir.state()? })?;
         let mounts = container.mounts.clone();
         let connections = exec::request_creation(&machine.file(state_dir::VSOCK), container, &process)?.connect()?;
-        share::enter(&state.rootfs, &binds, &mounts).context("enter the container's root")?;
-        let mut life = Life { channel, gate: Some(gate), starter: None };
-        match exec::run_contained(connections, signals, process.terminal.is_some(), &mut life)? {
+        let state = State { machine: Some(machine.id.clone()), ..self.dir.state()? };
+        let mut life = Life { dir: self.dir, state, binds, mounts, channel, gate: None, starter: None };
+        match exec::run_contained(connections, &signals, process.terminal.is_some(), &mut life)? {
             End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
             End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
             End::Reported(ToHost::Failed { message, .. }) => bail!(message),
@@ -64,6 +64,10 @@ impl Member<'_> {
 
 /// What others hear of the container.
 struct Life<'a> {
+    dir: &'a Dir,
+    state: State,
+    binds: Vec<Bind>,
+    mounts: Vec<Mount>,
     channel: &'a Channel,
     gate: Option<Gate>,
     starter: Option<UnixStream>,
@@ -71,6 +75,9 @@ struct Life<'a> {
 
 impl Moments for Life<'_> {
     fn created(&mut self) -> Result<()> {
+        self.gate = Some(Gate::shut(self.dir)?);
+        self.dir.write(&self.state)?;
+        share::enter(&self.state.rootfs, &self.binds, &self.mounts).context("enter the container's root")?;
         // One that is gone has cleaned up, or will.
         let _ = self.channel.say(CREATED);
         Ok(())

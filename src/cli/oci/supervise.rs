@@ -87,7 +87,7 @@ impl Supervise {
         enter_network(&config)?;
         if let Some(pod) = &state.pod {
             enter_cgroup(&config, &dir, &state)?;
-            return Member { root: &root, dir: &dir, config: &config, pod }.run(channel, &signals, &self.id);
+            return Member { root: &root, dir: &dir, config: &config, pod }.run(channel, &self.id);
         }
         let (container, binds) = guest::container(&self.id, &config, &state.bundle, None)?;
         let words =
