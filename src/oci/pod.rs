@@ -106,10 +106,11 @@ fn named_sandbox(root: &Root, config: &Config) -> Option<State> {
 fn owner(root: &Root, namespace: &Namespace, named: Option<&State>) -> Result<Option<State>> {
     let Namespace { kind, path } = namespace;
     let process = process_of(path);
+    let is_own = is_same(path, Path::new("/proc/self/ns/net"));
     let is_its = |state: &State| match state.process {
         Some(owner) if Some(owner.pid) == process => owner.is_alive(),
-        // Only networks are also namespaces of the host.
-        Some(owner) if kind == "network" && owner.is_alive() => {
+        // Only networks are also namespaces of the host; its own belongs to no container.
+        Some(owner) if kind == "network" && !is_own && owner.is_alive() => {
             is_same(path, Path::new(&format!("/proc/{}/ns/net", owner.pid)))
         }
         _ => false,
