@@ -1,6 +1,7 @@
 //! What a container is in its guest: from the configuration's terms to those of husk's init.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
@@ -70,7 +71,7 @@ pub fn container(id: &str, config: &Config, bundle: &Path, pod: Option<&Pod>) ->
         readonly: config.root.readonly,
         namespaces: namespaces(config, pod)?,
         joined: pod.map(Pod::joined).unwrap_or_default(),
-        hostname: config.hostname.clone(),
+        hostname: hostname(config),
         domainname: config.domainname.clone(),
         masked_paths: config.linux.masked_paths.iter().map(|path| path.clone().into_bytes()).collect(),
         readonly_paths: config.linux.readonly_paths.iter().map(|path| path.clone().into_bytes()).collect(),
@@ -97,6 +98,14 @@ pub fn container(id: &str, config: &Config, bundle: &Path, pod: Option<&Pod>) ->
         container.devices.extend(self::device(device).with_context(|| format!("device {}", device.path))?);
     }
     Ok((container, binds))
+}
+
+/// Without a UTS namespace, a container has the host's name.
+fn hostname(config: &Config) -> String {
+    if config.hostname.is_empty() && config.namespace("uts").is_none() {
+        return rustix::system::uname().nodename().to_string_lossy().into_owned();
+    }
+    config.hostname.clone()
 }
 
 fn namespaces(config: &Config, pod: Option<&Pod>) -> Result<u32> {
@@ -176,7 +185,8 @@ fn shared_memory(mount: &config::Mount, path: &Path, flags: u64) -> Option<Mount
     }
     let bytes = found.f_blocks.saturating_mul(u64::try_from(found.f_bsize).ok()?);
     let size = if bytes == 0 { String::new() } else { format!(",size={bytes}") };
-    let name = format!("shm{}", fs::metadata(path).ok()?.dev());
+    // Of one file system, but not of a later one with its number.
+    let name = format!("shm{}x{:08x}", fs::metadata(path).ok()?.dev(), crc32fast::hash(path.as_os_str().as_bytes()));
     let source = MountSource::Memory { name, options: format!("mode=1777{size}") };
     Some(Mount {
         target: mount.destination.clone().into_bytes(),
@@ -327,6 +337,18 @@ mod tests {
         let devices: Vec<_> = container.devices.iter().map(|device| (device.major, device.minor)).collect();
         assert_eq!(devices, [(1, 3), (10, 229)]);
         assert_eq!(container.sysctls, [("net.core.somaxconn".to_owned(), "9".to_owned())]);
+    }
+
+    #[test]
+    fn a_container_without_a_name_of_its_own_has_the_hosts() {
+        let name = |json: &str| {
+            let config = Config::parse(json.as_bytes()).unwrap();
+            container("c", &config, Path::new("/"), None).unwrap().0.hostname
+        };
+        let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        assert_eq!(name("{}"), own.trim());
+        assert_eq!(name(r#"{"linux":{"namespaces":[{"type":"uts"}]}}"#), "");
+        assert_eq!(name(r#"{"hostname":"box"}"#), "box");
     }
 
     #[test]

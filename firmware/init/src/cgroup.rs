@@ -42,10 +42,12 @@ fn container(id: &str) -> PathBuf {
 /// Creates the cgroup of a container with its limits, which the kernel may not support.
 pub fn create_container(container: &Container) {
     let dir = self::container(&container.id);
-    // One that an earlier container of that name has left is empty.
-    if let Err(error) = fs::create_dir(&dir)
-        && error.kind() != io::ErrorKind::AlreadyExists
-    {
+    // What an earlier container of that name has left has its limits.
+    remove_container(&container.id);
+    if let Err(error) = fs::create_dir(&dir) {
+        if error.kind() == io::ErrorKind::AlreadyExists {
+            report::say(&format!("the cgroup of an earlier container {} is in use", container.id));
+        }
         return;
     }
     for (name, value) in &container.limits {
@@ -57,7 +59,12 @@ pub fn create_container(container: &Container) {
 
 /// Moves this process to the cgroup of a container, if there is one.
 pub fn join_container(id: &str) {
-    let _ = fs::write(container(id).join("cgroup.procs"), "0");
+    let procs = container(id).join("cgroup.procs");
+    if procs.exists()
+        && let Err(error) = fs::write(&procs, "0")
+    {
+        report::say(&format!("enter the cgroup of container {id}: {error}"));
+    }
 }
 
 /// Kills all processes of a container.
@@ -65,9 +72,15 @@ pub fn kill_container(id: &str) {
     let _ = fs::write(container(id).join("cgroup.kill"), "1");
 }
 
-/// Removes the cgroup of a container, if its processes have ended.
+/// Removes the cgroup of a container, with those that it has made below, if its processes have ended.
 pub fn remove_container(id: &str) {
-    let _ = fs::remove_dir(container(id));
+    remove(&container(id));
+}
+
+fn remove(dir: &Path) {
+    let below = fs::read_dir(dir).into_iter().flatten().flatten();
+    below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).for_each(|entry| remove(&entry.path()));
+    let _ = fs::remove_dir(dir);
 }
 
 /// Whether the process `pid` is in the cgroup of a container, or below.

@@ -4,7 +4,7 @@
 //! told to go. It is a child of init, whose children start for a moment in the container's PID namespace.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::fchown;
 use std::os::unix::net::UnixStream;
@@ -26,8 +26,9 @@ use crate::{cgroup, sys};
 const READY: u8 = 0;
 const GO: u8 = 1;
 const MESSAGE_BYTES_MAX: u64 = 4096;
-/// How long a child may take to get ready. Its container may be frozen, or its files on a host that hangs, and init has others to serve.
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a child may take to get ready. Its container may be frozen or stop it, or its files be on a host that hangs, and init has
+/// others to serve.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A process that waits to be told to execute its program. If this is dropped, it exits.
 pub struct Waiting {
@@ -57,7 +58,7 @@ pub fn create(
         None => sys::unshare(container.namespaces & PIDS).context("create a PID namespace"),
     };
     let created = start(process, &Entrance::New(container, containers), split).and_then(|(started, waiting)| {
-        let member = Member::new(&container.id, started.pid)?;
+        let member = Member::new(container, started.pid)?;
         Ok((started, waiting, member))
     });
     let (started, waiting, member) = created.inspect_err(|_| cgroup::remove_container(&container.id))?;
@@ -138,6 +139,9 @@ impl Waiting {
         let _ = (&self.child).write_all(&[GO]);
         let mut answer = [0];
         match (&self.child).read_exact(&mut answer) {
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                Err(Failure::new("the process does not get on with executing its program"))
+            }
             // It closes without data when the program is executed.
             Err(_) => Ok(()),
             Ok(()) => Err(self.reason(answer[0])),

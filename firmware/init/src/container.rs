@@ -48,6 +48,8 @@ pub struct Member {
     /// Its ID.
     pub id: String,
     first: OwnedFd,
+    /// The names of memory that it shares with others.
+    memory: Vec<String>,
 }
 
 /// The machine's containers.
@@ -76,16 +78,28 @@ impl Containers {
 
     /// Removes the container `id`, whose first process has ended, and kills what is left in it.
     pub fn remove(&mut self, id: &str) {
-        self.0.retain(|member| member.id != id);
+        let Some(index) = self.0.iter().position(|member| member.id == id) else { return };
+        let Member { memory, .. } = self.0.remove(index);
         cgroup::kill_container(id);
         cgroup::remove_container(id);
+        // Of the last one that had it: others are not to find what it has left there.
+        for name in memory.iter().filter(|name| !self.0.iter().any(|other| other.memory.contains(name))) {
+            let dir = format!("{MEMORY}/{name}");
+            let _ = umount2(dir.as_str(), MntFlags::MNT_DETACH).is_ok() && fs::remove_dir(&dir).is_ok();
+        }
     }
 }
 
 impl Member {
-    /// The container `id`, whose first process is `first`.
-    pub fn new(id: &str, first: Pid) -> Result<Member, Failure> {
-        Ok(Member { id: id.to_owned(), first: sys::open_process(first).context("open the container's process")? })
+    /// The container, whose first process is `first`.
+    pub fn new(container: &Container, first: Pid) -> Result<Member, Failure> {
+        let memory = |mount: &Mount| match &mount.source {
+            MountSource::Memory { name, .. } => Some(name.clone()),
+            MountSource::Share(_) | MountSource::FileSystem { .. } => None,
+        };
+        let memory = container.mounts.iter().filter_map(memory).collect();
+        let first = sys::open_process(first).context("open the container's process")?;
+        Ok(Member { id: container.id.clone(), first, memory })
     }
 
     /// Makes the next children of this process start in the container's PID namespace.
