@@ -35,8 +35,11 @@ Examples:
 
 It is also called husk-oci, by a link of that name to husk. docs/oci.md shows how engines are set up.";
 
+/// As runc prints it: engines parse this.
+const VERSION_TEXT: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.1.0");
+
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, version = VERSION_TEXT)]
 pub(super) struct Oci {
     #[command(flatten)]
     flags: Flags,
