@@ -7,10 +7,12 @@ mod containerd;
 mod cri;
 mod docker;
 mod engine;
+mod faults;
 mod life;
 mod network;
 mod pod;
 mod podman;
+mod podman_pod;
 mod rootless;
 mod upkeep;
 

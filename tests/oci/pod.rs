@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::PathBuf;
 
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount};
 use serde_json::{Value, json};
 
 use crate::{Ended, Runtime, await_that, runtime};
 
 /// A container that is in the machine of `sandbox`, whose namespaces of these types it shares.
-fn join(runtime: &Runtime, config: &mut Value, sandbox: &str, kinds: &[&str]) {
+pub fn join(runtime: &Runtime, config: &mut Value, sandbox: &str, kinds: &[&str]) {
     let pid = pid(runtime, sandbox);
     for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
         let kind = namespace["type"].as_str().unwrap().to_owned();
@@ -25,15 +26,15 @@ fn pid(runtime: &Runtime, id: &str) -> u64 {
 }
 
 /// Creates and starts a container with a file of its own for its output.
-fn start(runtime: &Runtime, id: &str, script: &str, edit: impl FnOnce(&mut Value)) {
+pub fn start(runtime: &Runtime, id: &str, script: &str, edit: impl FnOnce(&mut Value)) {
     runtime.configure(script, edit);
     runtime.create_with_output(id, id).expect(0);
     runtime.run(&["start", id]).expect(0);
 }
 
-const USUAL: [&str; 3] = ["network", "ipc", "uts"];
+pub const USUAL: [&str; 3] = ["network", "ipc", "uts"];
 
-fn exec(runtime: &Runtime, id: &str, script: &str) -> Ended {
+pub fn exec(runtime: &Runtime, id: &str, script: &str) -> Ended {
     runtime.run(&["exec", id, "sh", "-c", script])
 }
 
@@ -65,8 +66,11 @@ fn containers_of_a_pod_are_one_machine_and_have_files_processes_and_limits_of_th
     });
     let data = runtime.path("data");
     fs::create_dir(&data).unwrap();
+    // As everything is where systemd runs.
+    mount_bind(&data, &data).unwrap();
+    mount_change(&data, MountPropagationFlags::SHARED).unwrap();
     fs::write(data.join("file"), "on the host").unwrap();
-    let script = "trap 'echo ended; exit 3' TERM; hostname; cat /data/file; ls /proc/1/fd/0; echo hello | nc -l -p 7000; \
+    let script = "trap 'echo ended; exit 3' TERM; trap 'echo real-time' 37; trap 'echo too long' XCPU; hostname; cat /data/file; ls /proc/1/fd/0; echo hello | nc -l -p 7000; \
                   echo served; i=0; while :; do i=$((i+1)); echo $i > /data/count; sleep 0.05; done";
     start(&runtime, "web", script, |config| {
         join(&runtime, config, "pause", &USUAL);
@@ -90,7 +94,7 @@ fn containers_of_a_pod_are_one_machine_and_have_files_processes_and_limits_of_th
     let (pause, web) = (namespaces("pause"), namespaces("web"));
     assert_eq!(pause[..3], web[..3]);
     assert!(pause[3] != web[3] && pause[4] != web[4], "{pause:?} {web:?}");
-    assert!(exec(&runtime, "client", "ls /data").code != Some(0));
+    assert_ne!(exec(&runtime, "client", "cat /data/file").code, Some(0));
     // Each is listed, counted and limited by itself.
     assert!(!runtime.run(&["ps", "client"]).expect(0).contains("count"), "{}", runtime.run(&["ps", "client"]).output);
     let stats: Value = serde_json::from_str(runtime.run(&["events", "--stats", "web"]).expect(0)).unwrap();
@@ -113,7 +117,18 @@ fn containers_of_a_pod_are_one_machine_and_have_files_processes_and_limits_of_th
     assert_ne!(exec(&runtime, "web", "true").code, Some(0));
     runtime.run(&["resume", "web"]).expect(0);
     await_that(|| count() != before, || "it does not go on".into());
+    // What the host mounts later is the host's alone.
+    let later = data.join("later");
+    fs::create_dir(&later).unwrap();
+    mount("x", &later, "tmpfs", MountFlags::empty(), None).unwrap();
+    fs::write(later.join("secret"), "").unwrap();
+    assert_eq!(exec(&runtime, "web", "ls /data/later").expect(0), "");
+    unmount(&later, UnmountFlags::empty()).unwrap();
     // One ends, and leaves nothing in the machine.
+    runtime.run(&["kill", "web", "37"]).expect(0);
+    await_output(&runtime, "web", "real-time");
+    runtime.run(&["kill", "web", "XCPU"]).expect(0);
+    await_output(&runtime, "web", "too long");
     runtime.run(&["kill", "web", "TERM"]).expect(0);
     await_output(&runtime, "web", "ended");
     runtime.await_status("web", "stopped");
@@ -138,6 +153,7 @@ fn containers_of_a_pod_are_one_machine_and_have_files_processes_and_limits_of_th
     for id in ["client", "pause"] {
         runtime.run(&["delete", id]).expect(0);
     }
+    unmount(&data, UnmountFlags::empty()).unwrap();
     runtime.expect_nothing_left();
 }
 
