@@ -1,7 +1,8 @@
 //! Starts a process in a container: the container's first, which creates it, or one more.
 //!
 //! The child enters the container, finds there what the process needs, and says that it is ready. It executes the program when it is
-//! told to go. It is a child of init, whose children start for a moment in the container's PID namespace.
+//! told to go. It is a child of init, whose children start for a moment in the container's PID namespace, or in the others of a container
+//! that exists: what the machine has is not to be seen there.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -38,7 +39,8 @@ pub struct Waiting {
 /// What a child enters.
 enum Entrance<'a> {
     New(&'a Container, &'a Containers),
-    Member(&'a Member),
+    /// It is in the container already.
+    Member,
 }
 
 /// Creates a container with its first process, and adds it to the others.
@@ -53,11 +55,12 @@ pub fn create(
     let shared = shared.map(|joined| containers.find(&joined.container)).transpose()?;
     container::provide_memory(container)?;
     cgroup::create_container(container);
-    let split = || match shared {
+    let prepare_children = || match shared {
         Some(member) => member.adopt_children(),
         None => sys::unshare(container.namespaces & PIDS).context("create a PID namespace"),
     };
-    let created = start(process, &Entrance::New(container, containers), split).and_then(|(started, waiting)| {
+    let fork = || fork_after(prepare_children);
+    let created = start(process, &Entrance::New(container, containers), fork).and_then(|(started, waiting)| {
         let member = Member::new(container, started.pid)?;
         Ok((started, waiting, member))
     });
@@ -68,14 +71,14 @@ pub fn create(
 
 /// Starts a process in a container. Returns when the program is running or has failed to start.
 pub fn start_in(member: &Member, process: &Process) -> Result<Started, Failure> {
-    let (started, waiting) = start(process, &Entrance::Member(member), || member.adopt_children())?;
+    let (started, waiting) = start(process, &Entrance::Member, || fork_in(member))?;
     waiting.go().map(|()| started)
 }
 
 fn start(
     process: &Process,
     entrance: &Entrance,
-    prepare_children: impl FnOnce() -> Result<(), Failure>,
+    fork: impl FnOnce() -> Result<ForkResult, Failure>,
 ) -> Result<(Started, Waiting), Failure> {
     let has_terminal = process.terminal.is_some();
     let (mut started, streams) = if has_terminal {
@@ -86,11 +89,7 @@ fn start(
         (started, Some(streams))
     };
     let (ours, theirs) = UnixStream::pair().context("create a socket pair")?;
-    let own = fs::File::open("/proc/self/ns/pid").context("open init's PID namespace")?;
-    prepare_children()?;
-    let forked = sys::fork().context("fork a process");
-    let back = sys::join_namespaces(own.as_fd(), libc::CLONE_NEWPID as u32).context("return to init's PID namespace");
-    match forked? {
+    match fork()? {
         ForkResult::Child => {
             drop(ours);
             let failure = become_contained(process, entrance, streams, &theirs);
@@ -100,7 +99,6 @@ fn start(
         }
         ForkResult::Parent { child } => started.pid = child,
     }
-    back?;
     drop((streams, theirs));
     let waiting = Waiting { child: ours };
     let terminal = waiting.await_ready(started.pid).inspect_err(|_| {
@@ -109,6 +107,49 @@ fn start(
     })?;
     terminal.map_or(Ok(()), |master| started.use_terminal(process, master))?;
     Ok((started, waiting))
+}
+
+/// Forks a process in the PID namespace that init's children are in after `prepare_children`.
+fn fork_after(prepare_children: impl FnOnce() -> Result<(), Failure>) -> Result<ForkResult, Failure> {
+    let own = fs::File::open("/proc/self/ns/pid").context("open init's PID namespace")?;
+    prepare_children()?;
+    let forked = sys::fork().context("fork a process");
+    if let Ok(ForkResult::Child) = forked {
+        return forked;
+    }
+    sys::join_namespaces(own.as_fd(), libc::CLONE_NEWPID as u32).context("return to init's PID namespace")?;
+    forked
+}
+
+/// Forks a process that is in the container of `member` before the container's processes can see it, and what it sees: a helper enters
+/// first, and makes it a child of init.
+fn fork_in(member: &Member) -> Result<ForkResult, Failure> {
+    let (ours, mut theirs) = UnixStream::pair().context("create a socket pair")?;
+    ours.set_read_timeout(Some(READY_TIMEOUT)).context("set up a socket")?;
+    let helper = match sys::fork().context("fork a process")? {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            drop(ours);
+            let told = match member.join().and_then(|()| sys::fork_sibling().context("fork a process")) {
+                Ok(ForkResult::Child) => return Ok(ForkResult::Child),
+                Ok(ForkResult::Parent { child }) => [&[READY][..], &child.as_raw().to_le_bytes()].concat(),
+                Err(failure) => [&[failure.code.max(1)][..], failure.message.as_bytes()].concat(),
+            };
+            let _ = theirs.write_all(&told);
+            sys::leave()
+        }
+    };
+    drop(theirs);
+    let mut told = Vec::new();
+    if let Err(error) = ours.take(MESSAGE_BYTES_MAX).read_to_end(&mut told) {
+        let _ = sys::send_signal(helper, libc::SIGKILL as u8);
+        return Err(error).context(format_args!("join container {}", member.id));
+    }
+    match told[..] {
+        [READY, a, b, c, d] => Ok(ForkResult::Parent { child: Pid::from_raw(i32::from_le_bytes([a, b, c, d])) }),
+        [code, ref message @ ..] => Err(Failure { message: String::from_utf8_lossy(message).into_owned(), code }),
+        [] => Err(Failure::new(format_args!("join container {}: the process has ended", member.id))),
+    }
 }
 
 /// The owner of what the child gives to its user.
@@ -178,7 +219,7 @@ fn prepare(
 ) -> Result<(Identity, Streams, Program), Failure> {
     match entrance {
         Entrance::New(container, others) => container::enter(container, others, process.terminal.is_some())?,
-        Entrance::Member(member) => member.join()?,
+        Entrance::Member => {}
     }
     let identity = process::identify(process)?;
     let program = Program::new(process, process::environment(process, "", &identity.home))?;

@@ -108,7 +108,7 @@ impl Member {
         joined.context(format_args!("join container {}", self.id))
     }
 
-    /// Moves this process, whose PID is the container's already, into the container.
+    /// Moves this process into the container, and its children also into its PID namespace.
     pub fn join(&self) -> Result<(), Failure> {
         cgroup::join_container(&self.id);
         sys::join_namespaces(self.first.as_fd(), NAMESPACES).context(format_args!("join container {}", self.id))?;

@@ -43,6 +43,17 @@ pub fn fork() -> nix::Result<ForkResult> {
     unsafe { nix::unistd::fork() }
 }
 
+/// fork(2), except that the parent of the new process is that of this one, which is itself a fork of init.
+pub fn fork_sibling() -> nix::Result<ForkResult> {
+    let flags = libc::c_long::from(libc::CLONE_PARENT | libc::SIGCHLD);
+    // SAFETY: without a stack and shared memory, the new process has a copy of this one's, like that of fork(2); this process has no other
+    // thread, whose locks it would copy.
+    match Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0_i64, 0_i64, 0_i64, 0_i64) })? {
+        0 => Ok(ForkResult::Child),
+        pid => Ok(ForkResult::Parent { child: Pid::from_raw(pid as i32) }),
+    }
+}
+
 /// unshare(2): `namespaces` are CLONE_NEW…. A new PID namespace is for the children.
 pub fn unshare(namespaces: u32) -> io::Result<()> {
     // SAFETY: the call accesses no memory, and the process's own files stay its own.
