@@ -59,19 +59,27 @@ impl Pod {
     /// The pod that the container of `config` is to be in, if its machine is there already.
     pub fn of(root: &Root, config: &Config) -> Result<Option<Pod>> {
         let named = named_sandbox(root, config);
-        let mut owners = Vec::new();
-        for namespace in config.linux.namespaces.iter().filter(|namespace| !namespace.path.as_os_str().is_empty()) {
-            let owner = owner(root, namespace, named.as_ref())?;
-            owners.extend(owner.map(|owner| (namespace.kind.clone(), owner)));
-        }
-        let first = named.iter().chain(owners.iter().map(|(_, owner)| owner)).next();
+        let given = || config.linux.namespaces.iter().filter(|namespace| !namespace.path.as_os_str().is_empty());
+        // An engine may have made it by itself, for the sandbox.
+        let is_of_named = |namespace: &Namespace| {
+            named.as_ref().is_some_and(|named| process_of(&namespace.path).is_none() || is_of(namespace, named))
+        };
+        let others = if given().all(is_of_named) { Vec::new() } else { containers(root)? };
+        let owner = |namespace: &Namespace| match &named {
+            Some(named) if is_of_named(namespace) => Some(named),
+            _ => others.iter().find(|state| is_of(namespace, state)),
+        };
+        let owners: Vec<(&str, &State)> =
+            given().filter_map(|namespace| Some((namespace.kind.as_str(), owner(namespace)?))).collect();
+        let first = named.iter().chain(owners.iter().map(|(_, owner)| *owner)).next();
         let Some(sandbox) = first.map(|owner| sandbox_of(owner).to_owned()) else { return Ok(None) };
         if let Some((kind, other)) = owners.iter().find(|(_, owner)| sandbox_of(owner) != sandbox) {
             bail!("the {kind} namespace is that of container {}, which is not in the machine of {sandbox}", other.id);
         }
         check(root, &sandbox, config)?;
         let sharable = owners.into_iter().filter(|(kind, _)| SHARABLE.iter().any(|(name, _)| name == kind));
-        let namespaces = sharable.map(|(kind, owner)| Shared { kind, container: owner.id }).collect();
+        let shared = |(kind, owner): (&str, &State)| Shared { kind: kind.to_owned(), container: owner.id.clone() };
+        let namespaces = sharable.map(shared).collect();
         Ok(Some(Pod { sandbox, namespaces }))
     }
 
@@ -102,34 +110,23 @@ fn named_sandbox(root: &Root, config: &Config) -> Option<State> {
     root.open(id).ok().map(|(_, state)| state)
 }
 
-/// The container whose namespace this is.
-fn owner(root: &Root, namespace: &Namespace, named: Option<&State>) -> Result<Option<State>> {
-    let Namespace { kind, path } = namespace;
-    let process = process_of(path);
-    let is_own = is_same(path, Path::new("/proc/self/ns/net"));
-    let is_its = |state: &State| match state.process {
-        Some(owner) if Some(owner.pid) == process => owner.is_alive(),
-        // Only networks are also namespaces of the host; its own belongs to no container.
-        Some(owner) if kind == "network" && !is_own && owner.is_alive() => {
-            is_same(path, Path::new(&format!("/proc/{}/ns/net", owner.pid)))
-        }
-        _ => false,
-    };
-    if let Some(named) = named {
-        // An engine may have made it by itself, for the sandbox.
-        let is_sandboxs = is_its(named) || process.is_none();
-        if is_sandboxs {
-            return Ok(Some(named.clone()));
-        }
+/// All containers. Those of a pod have its network: sandboxes come first.
+fn containers(root: &Root) -> Result<Vec<State>> {
+    let mut all: Vec<State> = root.list()?.into_iter().map(|(_, state)| state).collect();
+    all.sort_by_key(|state| state.pod.is_some());
+    Ok(all)
+}
+
+/// Whether this is a namespace of the container.
+fn is_of(Namespace { kind, path }: &Namespace, state: &State) -> bool {
+    let Some(owner) = state.process.filter(|owner| owner.is_alive()) else { return false };
+    if Some(owner.pid) == process_of(path) {
+        return true;
     }
-    if process.is_none() && kind != "network" {
-        return Ok(None);
-    }
-    let all = root.list()?.into_iter().map(|(_, state)| state);
-    // All containers of a pod have its network: the sandbox is found first.
-    let mut found: Vec<State> = all.filter(is_its).collect();
-    found.sort_by_key(|state| state.pod.is_some());
-    Ok(found.into_iter().next())
+    // Only networks are also namespaces of the host; its own belongs to no container.
+    kind == "network"
+        && !is_same(path, Path::new("/proc/self/ns/net"))
+        && is_same(path, Path::new(&format!("/proc/{}/ns/net", owner.pid)))
 }
 
 /// The PID in `/proc/PID/ns/…`.
