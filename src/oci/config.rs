@@ -288,6 +288,13 @@ impl Cpu {
         let shares = self.shares.filter(|shares| *shares > 1)?.clamp(2, 262_144);
         Some((1 + (shares - 2) * 9999 / 262_142).to_string())
     }
+
+    /// Whether any of the limits is one.
+    pub fn is_limited(&self) -> bool {
+        self.quota.is_some_and(|quota| quota > 0)
+            || self.shares.is_some_and(|shares| shares > 1)
+            || !self.cpus.is_empty()
+    }
 }
 
 impl Config {
@@ -311,15 +318,6 @@ impl Process {
     /// Reads the description of a process at `path`.
     pub fn read(path: &Path) -> Result<Process> {
         read(path)
-    }
-}
-
-impl Cpu {
-    /// Whether any of the limits is one.
-    pub fn is_limited(&self) -> bool {
-        self.quota.is_some_and(|quota| quota > 0)
-            || self.shares.is_some_and(|shares| shares > 1)
-            || !self.cpus.is_empty()
     }
 }
 

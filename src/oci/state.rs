@@ -21,6 +21,7 @@ use rustix::fs::{Access, access};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Cgroup;
 use super::config::{self, Config};
 use super::gate;
 use super::pod::Pod;
@@ -306,6 +307,11 @@ impl State {
     pub fn machine(&self) -> Result<MachineEntry> {
         let id = self.machine.as_ref().with_context(|| format!("container {} has no machine", self.id))?;
         StateDir::at(self.machines.clone())?.find(id)
+    }
+
+    /// The cgroup on the host that ends with this container, whose configuration is `config`, if it has one.
+    pub fn cgroup(&self, config: &Config) -> Result<Option<Cgroup>> {
+        if self.has_cgroup { Cgroup::of(&config.linux.cgroups_path, self.systemd_cgroup) } else { Ok(None) }
     }
 
     /// The status of this container, whose directory is `dir`.

@@ -4,7 +4,6 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use super::{Flags, create, kill};
-use crate::oci::cgroup::Cgroup;
 use crate::oci::pod::Pod;
 use crate::oci::state::{self, Dir, Root, Status};
 use crate::oci::{hooks, share};
@@ -67,8 +66,7 @@ pub fn clean_up(root: &Root, dir: &Dir) -> Result<()> {
         }
     }
     if let (Ok(state), Ok(config)) = (&state, dir.config())
-        && state.has_cgroup
-        && let Ok(Some(cgroup)) = Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)
+        && let Ok(Some(cgroup)) = state.cgroup(&config)
     {
         cgroup.remove()?;
     }

@@ -32,7 +32,7 @@ use crate::exit_latch::ExitReason;
 use crate::fs;
 use crate::guest::GuestSpec;
 use crate::guest::network::{InterfaceSetup, NetworkSetup};
-use crate::oci::cgroup::{self, Cgroup};
+use crate::oci::cgroup;
 use crate::oci::config::Config;
 use crate::oci::machine::Shape;
 use crate::oci::share::Files;
@@ -225,11 +225,7 @@ impl Machine<'_> {
 
     /// Moves this process and its children to the container's cgroup, where its parent is.
     fn follow_to_cgroup(&self, children: impl Iterator<Item = u32>) -> Result<()> {
-        let state = self.dir.state()?;
-        if !state.has_cgroup {
-            return Ok(());
-        }
-        let cgroup = Cgroup::of(&self.config.linux.cgroups_path, state.systemd_cgroup)?;
+        let cgroup = self.dir.state()?.cgroup(self.config)?;
         cgroup.map_or(Ok(()), |cgroup| cgroup.add(children.chain([std::process::id()])))
     }
 

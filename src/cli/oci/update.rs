@@ -8,7 +8,6 @@ use clap::Args;
 
 use super::{Flags, cgroup};
 use crate::cli::machines;
-use crate::oci::cgroup::Cgroup;
 use crate::oci::config::Resources;
 use crate::oci::machine::{guest_limits, memory_mib};
 use crate::oci::state::Status;
@@ -63,11 +62,7 @@ impl Update {
         if state.pod.is_some() {
             return cgroup::write(&state, &guest_limits(&resources, true));
         }
-        let config = dir.config()?;
-        let cgroup = match state.has_cgroup {
-            true => Cgroup::of(&config.linux.cgroups_path, state.systemd_cgroup)?,
-            false => None,
-        };
+        let cgroup = state.cgroup(&dir.config()?)?;
         ensure!(
             cgroup.is_some() || !resources.cpu.is_limited(),
             "the container has no cgroup, which limits of CPUs need"
