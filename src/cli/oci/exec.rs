@@ -195,7 +195,11 @@ impl<F: FnMut() -> Result<()>> Moments for Started<F> {
 fn run(vsock: &std::path::Path, process: &Process, moments: &mut dyn Moments) -> Result<Exit> {
     let signals = supervisor::block_signals(true)?;
     let connections = exec::request_start(vsock, process)?.connect()?;
-    let end = exec::run_contained(connections, &signals, process.terminal.is_some(), moments)?;
+    exit(exec::run_contained(connections, &signals, process.terminal.is_some(), moments)?)
+}
+
+/// Exits as the process in the container has.
+pub fn exit(end: End) -> Result<Exit> {
     match end {
         End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
         End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),

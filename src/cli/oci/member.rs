@@ -4,8 +4,8 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use anyhow::{Context, Result, bail};
-use husk_protocol::{Mount, ToHost};
+use anyhow::{Context, Result};
+use husk_protocol::Mount;
 
 use super::channel::Channel;
 use super::create::{CREATED, PREPARED, PROCEED};
@@ -51,13 +51,9 @@ impl Member<'_> {
         let state = State { machine: Some(machine.id.clone()), ..self.dir.state()? };
         let mut life = Life { dir: self.dir, state, binds, mounts, channel, gate: None, starter: None };
         match exec::run_contained(connections, &signals, process.terminal.is_some(), &mut life)? {
-            End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
-            End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
-            End::Reported(ToHost::Failed { message, .. }) => bail!(message),
-            End::Reported(_) => bail!("the guest did not say how the process ended"),
-            End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
             // As if it had been killed by whoever has ended the machine.
             End::Lost => Ok(Exit::Signal(libc::SIGKILL as u8)),
+            end => super::exec::exit(end),
         }
     }
 }
