@@ -46,14 +46,14 @@ impl Files {
     pub fn copy(root: &Path, binds: &[Bind]) -> Result<Files> {
         let root = copy(root, true).with_context(|| format!("copy the root filesystem {}", root.display()))?;
         mounts::restrict(&root, false)?;
-        let bind = |bind: &Bind| {
+        let copied = |bind: &Bind| {
             let copy = copy_bind(bind)?;
-            mounts::restrict(&copy, false)?;
-            let is_dir = is_dir(&copy)?;
-            Ok::<_, anyhow::Error>((bind.place.clone(), copy, is_dir))
+            let what = || format!("copy {}", bind.source.display());
+            mounts::restrict(&copy, false).with_context(what)?;
+            let is_dir = is_dir(&copy).with_context(what)?;
+            Ok((bind.place.clone(), copy, is_dir))
         };
-        let bind = |one: &Bind| bind(one).with_context(|| format!("copy {}", one.source.display()));
-        Ok(Files { root, binds: binds.iter().map(bind).collect::<Result<_>>()? })
+        Ok(Files { root, binds: binds.iter().map(copied).collect::<Result<_>>()? })
     }
 
     /// Mounts them in the share `dir` as the part of the container `id`.
@@ -104,9 +104,10 @@ fn copy(path: &Path, is_recursive: bool) -> Result<OwnedFd> {
 }
 
 fn copy_bind(bind: &Bind) -> Result<OwnedFd> {
-    let copy = copy(&bind.source, bind.is_recursive)?;
+    let what = || format!("copy {}", bind.source.display());
+    let copy = copy(&bind.source, bind.is_recursive).with_context(what)?;
     if bind.readonly {
-        mounts::make_readonly(&copy).context("make it read-only")?;
+        mounts::make_readonly(&copy).context("make it read-only").with_context(what)?;
     }
     Ok(copy)
 }
@@ -191,8 +192,7 @@ fn within(machine: u32, dir: &Path, act: impl FnOnce() -> Result<()>) -> Result<
 /// [separate]. An engine that enters it finds no other files of the host: file systems that exist only in the machine are empty
 /// here, and read-only.
 pub fn enter(root: &Path, binds: &[Bind], mounts: &[Mount]) -> Result<()> {
-    let copy = |bind: &Bind| copy_bind(bind).with_context(|| format!("copy {}", bind.source.display()));
-    let mut copies = binds.iter().map(copy).collect::<Result<Vec<_>>>()?.into_iter();
+    let mut copies = binds.iter().map(copy_bind).collect::<Result<Vec<_>>>()?.into_iter();
     mount_bind_recursive(root, root).context("mount the root filesystem")?;
     chdir(root).context("enter the root filesystem")?;
     pivot_root(".", ".").context("change the root")?;
