@@ -23,6 +23,8 @@ use crate::{connections, sys};
 /// The maximum number of concurrent sessions opened by the host; further ones wait for admission. With four connections
 /// each, a fifth of the host device's 512 connections remains for those that wait.
 const SESSIONS_MAX: usize = 100;
+/// How many of them may have processes in containers: whoever fills them keeps nobody from limiting or listing a container.
+const CONTAINED_MAX: usize = 90;
 /// How long to wait for killed processes; one may hang in a driver.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -109,12 +111,12 @@ impl Agent {
     /// Makes progress on the sessions opened by the host, without blocking. Returns whether one has ended.
     fn serve_others(&mut self) -> bool {
         self.read_hellos();
-        self.admit();
         let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
         let mut world = World { hostname, containers: &mut self.containers };
         for session in &mut self.others {
             session.advance(&mut world);
         }
+        self.admit();
         let before = self.others.len();
         self.others.retain(|session| {
             let is_over = session.is_over();
@@ -195,11 +197,23 @@ impl Agent {
         }
     }
 
-    /// Admits sessions in order of arrival.
+    /// Admits sessions in order of arrival, as soon as the host has said what they are for.
     fn admit(&mut self) {
-        let admitted = self.others.iter().filter(|session| session.is_admitted()).count();
-        let waiting = self.others.iter_mut().filter(|session| !session.is_admitted());
-        waiting.take(SESSIONS_MAX.saturating_sub(admitted)).for_each(Session::admit);
+        let admitted = self.others.iter().filter(|session| session.is_admitted());
+        let mut contained = admitted.clone().filter(|session| session.is_contained() == Some(true)).count();
+        let mut free = SESSIONS_MAX.saturating_sub(admitted.count());
+        for session in self.others.iter_mut().filter(|session| !session.is_admitted()) {
+            let Some(is_contained) = session.is_contained() else { continue };
+            if free > 0 && (!is_contained || contained < CONTAINED_MAX) {
+                session.admit();
+                contained += usize::from(is_contained);
+                free -= 1;
+            }
+        }
+    }
+
+    fn sessions(&self) -> impl Iterator<Item = &Session> {
+        std::iter::once(&self.main).chain(&self.others)
     }
 
     fn wait(&mut self) {
@@ -209,13 +223,16 @@ impl Agent {
         fds.extend(self.children.as_ref().map(|children| readable(children.as_fd())));
         fds.extend(self.listener.as_ref().map(|listener| readable(listener.as_fd())));
         fds.extend(self.pending.iter().map(|connection| readable(connection.socket.as_fd())));
-        for session in std::iter::once(&self.main).chain(&self.others) {
+        for session in self.sessions() {
             fds.extend(session.awaits().map(|(fd, events)| PollFd::new(fd, events)));
         }
         let timeout = match self.killed_at {
             // Until some time after `reap` gives up.
             Some(killed_at) if killed_at.elapsed() < 2 * KILL_TIMEOUT => PollTimeout::from(100u8),
-            _ => PollTimeout::NONE,
+            _ => self.sessions().filter_map(Session::deadline).min().map_or(PollTimeout::NONE, |deadline| {
+                let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }),
         };
         let _ = poll(&mut fds, timeout);
         let is_first_ready = fds.first().and_then(PollFd::any).unwrap_or_default();
@@ -234,10 +251,20 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
-    use husk_protocol::ToHost;
-    use husk_protocol::frame::Reader;
+    use husk_protocol::frame::{self, Reader};
+    use husk_protocol::{Process, ToGuest, ToHost};
 
     use super::*;
+
+    /// The host's end of a session that has said what it is for.
+    fn open(agent: &mut Agent, session: u64, container: Option<&str>) -> UnixStream {
+        let mut host = connect(agent, session, Role::Control);
+        let process = Process { container: container.map(str::to_owned), ..Process::default() };
+        let mut message = Vec::new();
+        frame::write(&ToGuest::Start(Box::new(process)), &mut message).unwrap();
+        host.write_all(&message).unwrap();
+        host
+    }
 
     /// The host's end of a connection that has sent its hello.
     fn connect(agent: &mut Agent, session: u64, role: Role) -> UnixStream {
@@ -270,8 +297,7 @@ mod tests {
     #[test]
     fn sessions_beyond_the_limit_are_admitted_when_others_end() {
         let (mut agent, _main) = agent();
-        let mut hosts: Vec<UnixStream> =
-            (1..=SESSIONS_MAX as u64 + 3).map(|id| connect(&mut agent, id, Role::Control)).collect();
+        let mut hosts: Vec<UnixStream> = (1..=SESSIONS_MAX as u64 + 3).map(|id| open(&mut agent, id, None)).collect();
         assert!(!agent.serve_others());
         let admitted = |hosts: &[UnixStream]| hosts.iter().map(is_admitted).collect::<Vec<_>>();
         let waiting = hosts.split_off(SESSIONS_MAX);
@@ -284,6 +310,18 @@ mod tests {
         assert!(agent.serve_others());
         agent.serve_others();
         assert_eq!(admitted(waiting.as_slice()), [true, false]);
+    }
+
+    #[test]
+    fn processes_in_containers_leave_room_for_orders() {
+        let (mut agent, _main) = agent();
+        let all: Vec<UnixStream> = (1..=SESSIONS_MAX as u64).map(|id| open(&mut agent, id, Some("none"))).collect();
+        let silent = connect(&mut agent, 1000, Role::Control);
+        agent.serve_others();
+        assert_eq!(all.iter().filter(|host| is_admitted(host)).count(), CONTAINED_MAX);
+        let order = open(&mut agent, 1001, None);
+        agent.serve_others();
+        assert!(is_admitted(&order) && !is_admitted(&silent));
     }
 
     #[test]

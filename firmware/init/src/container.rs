@@ -31,6 +31,8 @@ const MADE_BY_FORK: u32 = libc::CLONE_NEWPID as u32;
 const MEMORY: &str = "/memory";
 /// An option of tmpfs that is podman's: it begins with what it is mounted over.
 const COPY_UP: &str = "tmpcopyup";
+/// The maximum number of links on the way to a mount's target, as for the kernel (path_resolution(7)).
+const LINKS_MAX: usize = 40;
 /// The device nodes of every container, with their major and minor numbers (runtime-spec, config-linux.md, "Default Devices").
 const DEVICES: [(&str, u64, u64); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
@@ -48,6 +50,8 @@ pub struct Member {
     /// Its ID.
     pub id: String,
     first: OwnedFd,
+    /// Whether its first process is in it.
+    is_complete: bool,
     /// The names of memory that it shares with others.
     memory: Vec<String>,
 }
@@ -57,9 +61,9 @@ pub struct Member {
 pub struct Containers(Vec<Member>);
 
 impl Containers {
-    /// The container `id`.
+    /// The container `id`, which can be joined.
     pub fn find(&self, id: &str) -> Result<&Member, Failure> {
-        let found = self.0.iter().find(|member| member.id == id);
+        let found = self.0.iter().find(|member| member.id == id && member.is_complete);
         found.ok_or_else(|| Failure::new(format_args!("container {id} is not running")))
     }
 
@@ -70,13 +74,18 @@ impl Containers {
 
     /// Fails if there is a container `id`.
     pub fn expect_free(&self, id: &str) -> Result<(), Failure> {
-        match self.find(id) {
-            Ok(_) => Err(Failure::new(format_args!("the machine has a container {id} already"))),
-            Err(_) => Ok(()),
+        match self.0.iter().any(|member| member.id == id) {
+            true => Err(Failure::new(format_args!("the machine has a container {id} already"))),
+            false => Ok(()),
         }
     }
 
-    /// Removes the container `id`, whose first process has ended, and kills what is left in it.
+    /// Lets processes join the container `id`: its first one is in its namespaces.
+    pub fn complete(&mut self, id: &str) {
+        self.0.iter_mut().filter(|member| member.id == id).for_each(|member| member.is_complete = true);
+    }
+
+    /// Removes the container `id`, whose first process has ended or is about to, and kills what is left in it.
     pub fn remove(&mut self, id: &str) {
         let Some(index) = self.0.iter().position(|member| member.id == id) else { return };
         let Member { memory, .. } = self.0.remove(index);
@@ -91,7 +100,7 @@ impl Containers {
 }
 
 impl Member {
-    /// The container, whose first process is `first`.
+    /// The container, whose first process is `first`, and on its way into it.
     pub fn new(container: &Container, first: Pid) -> Result<Member, Failure> {
         let memory = |mount: &Mount| match &mount.source {
             MountSource::Memory { name, .. } => Some(name.clone()),
@@ -99,7 +108,7 @@ impl Member {
         };
         let memory = container.mounts.iter().filter_map(memory).collect();
         let first = sys::open_process(first).context("open the container's process")?;
-        Ok(Member { id: container.id.clone(), first, memory })
+        Ok(Member { id: container.id.clone(), first, is_complete: false, memory })
     }
 
     /// Makes the next children of this process start in the container's PID namespace.
@@ -195,7 +204,7 @@ fn enter_root(root: &str) -> Result<(), Failure> {
 }
 
 fn attach(mount: &Mount, copy: Option<OwnedFd>) -> Result<(), Failure> {
-    let target = path(&mount.target);
+    let target = behind_links(path(&mount.target));
     let flags = MsFlags::from_bits_truncate(mount.flags);
     let MountSource::FileSystem { kind, options } = &mount.source else {
         let Some(copy) = copy else { return Ok(()) };
@@ -223,6 +232,21 @@ fn attach(mount: &Mount, copy: Option<OwnedFd>) -> Result<(), Failure> {
             below.map_or(Ok(()), |(from, _open)| content::fill(&target, &from))
         }
     }
+}
+
+/// Where `path` leads if there are links in it to what does not exist yet, and is to be created there.
+fn behind_links(mut path: PathBuf) -> PathBuf {
+    let is_dangling = |place: &&Path| place.is_symlink() && !place.exists();
+    for _ in 0..LINKS_MAX {
+        let Some(link) = path.ancestors().filter(is_dangling).last() else { break };
+        let (Some(parent), Ok(led_to), Ok(below)) = (link.parent(), fs::read_link(link), path.strip_prefix(link))
+        else {
+            break;
+        };
+        // Without the slash at the end that an empty rest would add.
+        path = parent.join(led_to).join(below).components().collect();
+    }
+    path
 }
 
 fn text(path: &Path) -> String {
@@ -302,5 +326,28 @@ fn mask(name: &[u8]) -> Result<(), Failure> {
             mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0k")).context(what())
         }
         Ok(_) => mount(Some("/dev/null"), &path, NONE, MsFlags::MS_BIND, NONE).context(what()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_target_of_a_mount_is_found_behind_links_to_what_does_not_exist() {
+        let dir = std::env::temp_dir().join(format!("husk-links-{}", std::process::id()));
+        fs::create_dir_all(dir.join("real")).unwrap();
+        let link = |to: &str, name: &str| symlink(to, dir.join(name)).unwrap();
+        link("real", "there");
+        link("real/none", "dangling");
+        link("dangling", "twice");
+        link("round", "round");
+        let found = |name: &str| behind_links(dir.join(name));
+        assert_eq!(found("there/x"), dir.join("there/x"));
+        assert_eq!(found("dangling/x/y"), dir.join("real/none/x/y"));
+        assert_eq!(found("twice"), dir.join("real/none"));
+        // It fails when it is used.
+        assert_eq!(found("round/x"), dir.join("round/x"));
+        fs::remove_dir_all(&dir).unwrap();
     }
 }

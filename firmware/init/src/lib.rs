@@ -22,6 +22,7 @@ mod content;
 pub mod copy;
 mod devices;
 mod disk;
+mod entering;
 pub mod errors;
 mod identity;
 mod mounts;

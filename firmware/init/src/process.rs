@@ -2,7 +2,6 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
-use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::fchown;
@@ -20,6 +19,7 @@ use nix::unistd::{
 };
 
 use crate::cgroup;
+use crate::entering::{self, Entering, Told};
 use crate::errors::{CODE_NOT_EXECUTABLE, CODE_NOT_FOUND, Context, Failure};
 use crate::identity::{self, Identity};
 use crate::sys;
@@ -44,9 +44,9 @@ impl Started {
     }
 
     /// Transfers what the process reads and writes through our end of its terminal.
-    pub fn use_terminal(&mut self, process: &Process, master: OwnedFd) -> Result<(), Failure> {
+    pub fn use_terminal(&mut self, reads_input: bool, master: OwnedFd) -> Result<(), Failure> {
         let copy = || master.try_clone().context("duplicate a file descriptor");
-        self.stdin = process.stdin.then(copy).transpose()?;
+        self.stdin = reads_input.then(copy).transpose()?;
         self.stdout = Some(copy()?);
         self.terminal = Some(master);
         Ok(())
@@ -72,17 +72,6 @@ pub enum Stage {
     Filter,
     Program,
 }
-
-const STAGES: [Stage; 8] = [
-    Stage::Session,
-    Stage::Streams,
-    Stage::Limits,
-    Stage::Cgroup,
-    Stage::Directory,
-    Stage::Identity,
-    Stage::Filter,
-    Stage::Program,
-];
 
 /// The absolute working directory.
 pub fn working_dir(process: &Process) -> PathBuf {
@@ -110,28 +99,22 @@ impl Program {
     }
 }
 
-/// Starts `process` in the machine's root file system. Returns when the program is running or has failed to start.
-pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
+/// Begins to start `process` in the machine's root file system.
+pub fn start(process: &Process, hostname: &str) -> Result<Entering, Failure> {
     let identity = identify(process)?;
     process.rights.processes_max.map_or(Ok(()), cgroup::limit_processes)?;
     let program = Program::new(process, environment(process, hostname, &identity.home))?;
     let (mut started, streams) = open_streams(process, &identity)?;
-    let (failed, mut failing) = pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (r, File::from(w))).context("create a pipe")?;
+    let (ours, reporter) = entering::pair()?;
     match sys::fork().context("fork a process")? {
         ForkResult::Child => {
             let (stage, error) = run(process, &identity, &streams, &program);
-            let _ = failing.write_all(&[stage as u8, error as i32 as u8]);
+            reporter.tell(&Told::Failed(explain(process, Some(&stage), error)));
             sys::leave()
         }
         ForkResult::Parent { child } => started.pid = child,
     }
-    drop((streams, failing));
-    let mut report = [0; 2];
-    // The pipe closes without data when the program is executed.
-    match File::from(failed).read_exact(&mut report) {
-        Err(_) => Ok(started),
-        Ok(()) => Err(explain(process, STAGES.get(usize::from(report[0])), Errno::from_raw(report[1].into()))),
-    }
+    Ok(Entering::going(ours, started))
 }
 
 /// Who the process is: by its credentials, or by the files of the root directory, which have its home in any case.
@@ -158,7 +141,7 @@ pub fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, 
     }
     if let Some(size) = process.terminal {
         let (master, streams) = open_terminal(size, identity.uid)?;
-        started.use_terminal(process, master)?;
+        started.use_terminal(process.stdin, master)?;
         return Ok((started, streams));
     }
     let pipe = || -> Result<_, Failure> {

@@ -1,7 +1,7 @@
 //! A process and its connections to the host, for the main session and additional ones.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk_protocol::{Container, Identity, MAIN_SESSION, Overlay, Process, Renewal, Role, Run, ToGuest, ToHost};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -10,14 +10,17 @@ use nix::unistd::Pid;
 use crate::cgroup;
 use crate::clock::{self, Clock};
 use crate::connection::{self, ControlConnection, shortened};
-use crate::contained::Waiting;
 use crate::container::Containers;
+use crate::entering::Entering;
 use crate::errors::Failure;
 use crate::pump::Pump;
 use crate::report;
 use crate::sys::{self, Ended};
 
 mod start;
+
+/// How many signals and window sizes are kept for a process that is not there yet.
+const HELD_MAX: usize = 32;
 
 pub use start::World;
 
@@ -27,17 +30,22 @@ pub struct Session {
     control: ControlConnection,
     /// Whether it was admitted.
     admitted: bool,
+    /// Whether its process is in a container, once that is known.
+    is_contained: Option<bool>,
     /// What to start when its streams are connected: a process, which may be the first of a container.
     wanted: Option<(Option<Box<Container>>, Box<Process>)>,
-    /// The ID of the container that was created for this session, and its process until it is told to go.
+    /// The ID of the container that was created for this session.
     container: Option<String>,
-    waiting: Option<Waiting>,
+    /// The process until it has executed its program, and what it is to be told then.
+    entering: Option<Entering>,
+    held: Vec<ToGuest>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     input: Option<Pump>,
     outputs: Vec<(Role, Pump)>,
     terminal: Option<OwnedFd>,
+    /// The process, once it is running, or waits in its new container.
     pid: Option<Pid>,
     clock: Clock,
     /// What the machine is to become, and whether its connections to others are to be reset.
@@ -54,9 +62,11 @@ impl Session {
             id,
             control,
             admitted: false,
+            is_contained: None,
             wanted: None,
             container: None,
-            waiting: None,
+            entering: None,
+            held: Vec::new(),
             stdin: None,
             stdout: None,
             stderr: None,
@@ -97,6 +107,11 @@ impl Session {
     /// Whether it was admitted.
     pub fn is_admitted(&self) -> bool {
         self.admitted
+    }
+
+    /// Whether its process is to be in a container, once the host has said what that is.
+    pub fn is_contained(&self) -> Option<bool> {
+        self.is_contained
     }
 
     /// Admits the session.
@@ -217,9 +232,13 @@ impl Session {
 
     /// Records how process `pid` ended; returns whether it belongs to this session. A container ends with its first process.
     pub fn note_end(&mut self, pid: Pid, ended: Ended, containers: &mut Containers) -> bool {
+        if self.entering.as_mut().is_some_and(|entering| entering.note_end(pid)) {
+            self.follow(containers);
+        }
         if self.pid != Some(pid) {
             return false;
         }
+        self.entering = None;
         self.end = Some(match ended {
             Ended::Exited(code) => ToHost::Exited(code),
             Ended::Signaled(number) => ToHost::Signaled(number),
@@ -269,6 +288,10 @@ impl Session {
             self.obey(message);
         }
         self.start_when_complete(world);
+        self.follow(world.containers);
+        if self.is_left() && !self.is_cut() {
+            self.give_up_start(world.containers);
+        }
         if self.is_left()
             && let Some(id) = &self.container
             && let Some(pid) = self.pid
@@ -289,7 +312,13 @@ impl Session {
         match message {
             ToGuest::Start(process) => self.want(None, process),
             ToGuest::Create(container, process) => self.want(Some(container), process),
-            ToGuest::Go => self.go(),
+            ToGuest::Go => self.entering.iter_mut().for_each(Entering::go),
+            // There is nobody yet who could do so.
+            ToGuest::Signal(_) | ToGuest::Resize(_) if self.entering.is_some() && self.pid.is_none() => {
+                if self.held.len() < HELD_MAX {
+                    self.held.push(message);
+                }
+            }
             ToGuest::Signal(number) => {
                 if let Some(pid) = self.pid {
                     // It may have just exited.
@@ -321,7 +350,13 @@ impl Session {
     /// The events to wait for before the next [`Session::advance`].
     pub fn awaits(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let pumps = self.input.iter().chain(self.outputs.iter().map(|(_, pump)| pump));
-        self.control.awaits().into_iter().chain(pumps.filter_map(Pump::awaits))
+        let entering = self.entering.iter().filter_map(Entering::awaits);
+        self.control.awaits().into_iter().chain(entering).chain(pumps.filter_map(Pump::awaits))
+    }
+
+    /// When the next [`Session::advance`] is due although none of them has happened.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.entering.as_ref().and_then(Entering::deadline)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use husk_protocol::{CallFilter, Capabilities, Limit, WindowSize};
@@ -247,6 +247,20 @@ pub fn descriptor_of(pid: Pid, fd: i32) -> nix::Result<OwnedFd> {
     let duplicate = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })?;
     // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(duplicate as i32) })
+}
+
+/// Closes all descriptors of this process, which is about to execute a program, from 3 on, except those (close_range(2), Linux 5.9 and
+/// later).
+pub fn close_others(mut kept: Vec<RawFd>) {
+    kept.sort_unstable();
+    let mut first = 3;
+    for end in kept.into_iter().chain([RawFd::MAX]) {
+        if first < end {
+            // SAFETY: the process uses no descriptor any more but those that are kept, and drops none before it ends.
+            unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) };
+        }
+        first = first.max(end.saturating_add(1));
+    }
 }
 
 /// Disconnects a connected socket, whoever has it: their calls fail, also those that wait.

@@ -4,13 +4,13 @@ use std::fs;
 use std::os::fd::OwnedFd;
 
 use husk_protocol::{Container, MAIN_SESSION, Process, Role, Run, ToHost};
-use nix::unistd::Pid;
 
 use super::{Session, streams_of};
 use crate::cgroup;
 use crate::connection::shortened;
 use crate::contained;
 use crate::container::Containers;
+use crate::entering::Reached;
 use crate::errors::Failure;
 use crate::process::{self, Started};
 use crate::pump::Pump;
@@ -25,35 +25,95 @@ pub struct World<'a> {
 }
 
 impl Session {
-    /// Starts the process of a run, or creates its container.
+    /// Begins to start the process of a run, or to create its container.
     pub fn begin(&mut self, run: &Run, world: &mut World) {
-        match &run.container {
-            None => self.start(&run.process, world),
-            Some(container) => self.create(container, &run.process, world.containers),
-        }
+        self.start(run.container.as_deref(), &run.process, world);
     }
 
     /// Notes what is to be started, once, and only in a session opened by the host.
     pub(super) fn want(&mut self, container: Option<Box<Container>>, process: Box<Process>) {
-        if self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none() {
+        if self.id != MAIN_SESSION && self.pid.is_none() && self.entering.is_none() && self.end.is_none() {
+            self.is_contained = Some(container.is_some() || process.container.is_some());
             self.wanted = Some((container, process));
         }
     }
 
-    /// Creates a container whose process waits, or reports why it cannot be created.
-    fn create(&mut self, container: &Container, process: &Process, containers: &mut Containers) {
-        match contained::create(container, process, containers) {
-            Ok((started, waiting)) => {
-                // If one of its streams cannot be connected, the process ends, and is reported.
-                let pid = started.pid;
-                (self.pid, self.container) = (Some(pid), Some(container.id.clone()));
-                if let Err(failure) = self.join_streams(started) {
-                    return report::say(&failure.message);
-                }
-                self.waiting = Some(waiting);
-                self.control.say(&ToHost::Created(pid.as_raw().unsigned_abs()));
+    /// Begins to start a process, as the first of `container` if there is one, or reports why it cannot be started.
+    fn start(&mut self, container: Option<&Container>, process: &Process, world: &mut World) {
+        let entering = match (container, &process.container) {
+            (Some(container), _) => contained::create(container, process, world.containers),
+            (None, Some(id)) => world.containers.find(id).and_then(|member| contained::start_in(member, process)),
+            (None, None) => process::start(process, world.hostname),
+        };
+        match entering {
+            Ok(entering) => {
+                self.container = container.map(|container| container.id.clone());
+                self.entering = Some(entering);
             }
             Err(failure) => self.fail(failure),
+        }
+    }
+
+    /// Follows the process until it has executed its program, without blocking.
+    pub(super) fn follow(&mut self, containers: &mut Containers) {
+        while let Some(entering) = &mut self.entering {
+            match entering.advance() {
+                Ok(None) => return,
+                Ok(Some(Reached::Ready)) => self.note_ready(containers),
+                Ok(Some(Reached::Program)) => self.note_running(),
+                Err(failure) => {
+                    self.entering = None;
+                    // How it exits is not how the program has ended.
+                    (self.pid, self.input, self.terminal) = (None, None, None);
+                    self.outputs.clear();
+                    self.leave_container(containers);
+                    self.fail(failure);
+                }
+            }
+        }
+    }
+
+    fn note_ready(&mut self, containers: &mut Containers) {
+        let Some(entering) = &mut self.entering else { return };
+        let Some(id) = &self.container else { return entering.go() };
+        containers.complete(id);
+        self.pid = entering.pid();
+        let started = entering.take_streams();
+        // If one of its streams cannot be connected, the process ends, and is reported.
+        if let Err(failure) = self.join_streams(started) {
+            self.entering = None;
+            return report::say(&failure.message);
+        }
+        self.control.say(&ToHost::Created(self.pid.map_or(0, |pid| pid.as_raw().unsigned_abs())));
+    }
+
+    fn note_running(&mut self) {
+        let Some(mut entering) = self.entering.take() else { return };
+        self.pid = entering.pid();
+        if self.container.is_none()
+            && let Err(failure) = self.join_streams(entering.take_streams())
+        {
+            return self.fail(failure);
+        }
+        self.control.say(&ToHost::Started(self.pid.map_or(0, |pid| pid.as_raw().unsigned_abs())));
+        for message in std::mem::take(&mut self.held) {
+            self.obey(message);
+        }
+    }
+
+    /// Kills a process that has not executed its program, since the host has left.
+    pub(super) fn give_up_start(&mut self, containers: &mut Containers) {
+        let Some(entering) = self.entering.take() else { return };
+        if self.container.is_some() && self.pid.is_none() {
+            // The session is over when it has ended.
+            self.pid = entering.pid();
+            self.leave_container(containers);
+        }
+    }
+
+    fn leave_container(&self, containers: &mut Containers) {
+        if let Some(id) = &self.container {
+            containers.remove(id);
         }
     }
 
@@ -66,42 +126,13 @@ impl Session {
         let _ = fs::write("/proc/sys/vm/drop_caches", "2");
     }
 
-    /// Executes the program of the container that was created.
-    pub(super) fn go(&mut self) {
-        let (Some(waiting), Some(pid)) = (self.waiting.take(), self.pid) else { return };
-        match waiting.go() {
-            Ok(()) => self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs())),
-            Err(failure) => {
-                // How it exits is not how the program has ended.
-                (self.pid, self.input, self.terminal) = (None, None, None);
-                self.outputs.clear();
-                self.fail(failure);
-            }
-        }
-    }
-
-    /// Starts the process, or reports why it cannot start.
-    fn start(&mut self, process: &Process, world: &World) {
-        let started = match &process.container {
-            None => process::start(process, world.hostname),
-            Some(id) => world.containers.find(id).and_then(|member| contained::start_in(member, process)),
-        };
-        match started.and_then(|started| self.join_streams(started)) {
-            Ok(pid) => {
-                self.pid = Some(pid);
-                self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs()));
-            }
-            Err(failure) => self.fail(failure),
-        }
-    }
-
     /// Reports why there is no process.
     pub fn fail(&mut self, failure: Failure) {
         (self.stdin, self.stdout, self.stderr) = (None, None, None);
         self.end = Some(ToHost::Failed { message: shortened(&failure.message), code: failure.code });
     }
 
-    fn join_streams(&mut self, started: Started) -> Result<Pid, Failure> {
+    fn join_streams(&mut self, started: Started) -> Result<(), Failure> {
         let join = |from: Option<OwnedFd>, to: Option<OwnedFd>| match (from, to) {
             (Some(from), Some(to)) => {
                 Pump::new(from, to).map(Some).map_err(|error| Failure::new(format_args!("connect a stream: {error}")))
@@ -115,7 +146,7 @@ impl Session {
         let remembering = |pump: Pump| if self.id == MAIN_SESSION { pump.remembering() } else { pump };
         self.outputs.extend(stdout.into_iter().chain(stderr).map(|(role, pump)| (role, remembering(pump))));
         self.terminal = started.terminal;
-        Ok(started.pid)
+        Ok(())
     }
 
     pub(super) fn start_when_complete(&mut self, world: &mut World) {
@@ -128,10 +159,7 @@ impl Session {
             && self.wanted.as_ref().is_some_and(|(_, process)| streams_of(process).all(there))
             && let Some((container, process)) = self.wanted.take()
         {
-            match container {
-                None => self.start(&process, world),
-                Some(container) => self.create(&container, &process, world.containers),
-            }
+            self.start(container.as_deref(), &process, world);
         }
     }
 }
