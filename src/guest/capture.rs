@@ -23,10 +23,10 @@ pub struct Captured {
 }
 
 /// Runs `process`, which has neither input nor a terminal, in the machine whose vsock socket is at `vsock`. Keeps at most
-/// `max_bytes` of each output. After `timeout` it is killed. Blocks the calling thread until then.
+/// `max_bytes` of each output. After `timeout` it is killed; a guest that does not respond takes no more than twice as long to be given up. Blocks the calling thread until then.
 pub fn run(vsock: &Path, process: &Process, max_bytes: usize, timeout: Duration) -> Result<Captured> {
     let deadline = Instant::now().checked_add(timeout);
-    let mut connections = exec::request_start(vsock, process)?.connect()?;
+    let mut connections = exec::request_start_within(vsock, process, timeout)?.connect()?;
     let (stdout, stderr) = (connections.take(Role::Stdout)?, connections.take(Role::Stderr)?);
     let errors = sandbox::spawn("stderr", move || read_all(stderr, max_bytes, deadline)).context("start a thread")?;
     let (output, is_complete) = read_all(stdout, max_bytes, deadline);

@@ -35,6 +35,7 @@ pub struct Admitted<'a> {
     reader: Reader,
     roles: Vec<Role>,
     on_terminal: bool,
+    connect_timeout: Duration,
 }
 
 /// The connections of a process: one per stream and a control connection.
@@ -50,16 +51,23 @@ pub struct Connections {
 /// Sends the description of `process` to the guest whose vsock socket is at `vsock`, and waits for admission: the guest
 /// limits the number of processes, and the vsock device the number of connections.
 pub fn request_start<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
-    request(vsock, process, &ToGuest::Start(Box::new(process.clone())))
+    request_start_within(vsock, process, CONNECT_TIMEOUT + ADMISSION_TIMEOUT)
+}
+
+/// The same for a guest that has to accept each connection, and to admit the process, within `timeout`.
+pub fn request_start_within<'a>(vsock: &'a Path, process: &Process, timeout: Duration) -> Result<Admitted<'a>> {
+    request(vsock, process, &ToGuest::Start(Box::new(process.clone())), timeout)
 }
 
 /// The same for a container and its first process.
 pub fn request_creation<'a>(vsock: &'a Path, container: Container, process: &Process) -> Result<Admitted<'a>> {
-    request(vsock, process, &ToGuest::Create(Box::new(container), Box::new(process.clone())))
+    let message = ToGuest::Create(Box::new(container), Box::new(process.clone()));
+    request(vsock, process, &message, CONNECT_TIMEOUT + ADMISSION_TIMEOUT)
 }
 
-fn request<'a>(vsock: &'a Path, process: &Process, message: &ToGuest) -> Result<Admitted<'a>> {
-    let deadline = Instant::now() + CONNECT_TIMEOUT;
+fn request<'a>(vsock: &'a Path, process: &Process, message: &ToGuest, timeout: Duration) -> Result<Admitted<'a>> {
+    let connect_timeout = CONNECT_TIMEOUT.min(timeout);
+    let deadline = Instant::now() + connect_timeout;
     let mut id = [0; 8];
     sys::getrandom(&mut id).context("generate a session ID")?;
     // Never the ID of the machine's main session.
@@ -68,21 +76,21 @@ fn request<'a>(vsock: &'a Path, process: &Process, message: &ToGuest) -> Result<
     let mut start = Vec::new();
     frame::write(message, &mut start).context("describe the process")?;
     control.write_all(&start).context("send the process to the guest")?;
-    let reader = await_admission(&mut control, Instant::now() + ADMISSION_TIMEOUT)?;
+    let reader = await_admission(&mut control, Instant::now() + ADMISSION_TIMEOUT.min(timeout))?;
     let mut roles = Vec::new();
     if !process.detached {
         roles.push(Role::Stdout);
         roles.extend(process.stdin.then_some(Role::Stdin));
         roles.extend(process.terminal.is_none().then_some(Role::Stderr));
     }
-    Ok(Admitted { vsock, id, control, reader, roles, on_terminal: process.terminal.is_some() })
+    Ok(Admitted { vsock, id, control, reader, roles, on_terminal: process.terminal.is_some(), connect_timeout })
 }
 
 impl Admitted<'_> {
     /// Connects the streams, which starts the process.
     pub fn connect(self) -> Result<Connections> {
-        let Admitted { vsock, id, control, reader, roles, on_terminal } = self;
-        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let Admitted { vsock, id, control, reader, roles, on_terminal, connect_timeout } = self;
+        let deadline = Instant::now() + connect_timeout;
         let connected = |role| Ok((role, connect(vsock, Hello { session: id, role }, deadline)?));
         let streams = roles.into_iter().map(connected).collect::<Result<Vec<_>>>()?;
         Ok(Connections { id, control, reader, streams, on_terminal })

@@ -23,7 +23,7 @@ use rustix::mount::{
     UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount, mount_bind_recursive, mount_change,
     mount_remount, move_mount, open_tree, unmount,
 };
-use rustix::process::{Pid, PidfdFlags, chdir, fchdir, pidfd_open, pivot_root};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, chdir, fchdir, getrlimit, pidfd_open, pivot_root, setrlimit};
 use rustix::thread::{
     LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space, move_into_thread_name_spaces,
 };
@@ -33,6 +33,9 @@ use crate::sys::{mounts, namespaces};
 
 /// Nothing in the parts of the share that are husk's is anything but a directory or a place for a mount.
 const QUIET: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
+/// More descriptors than this process has otherwise.
+const DESCRIPTORS: u64 = 100;
 
 /// Copies of a container's files that are mounted nowhere yet.
 pub struct Files {
@@ -44,6 +47,7 @@ pub struct Files {
 impl Files {
     /// Copies `root` and `binds` as they are mounted in this process's mount namespace.
     pub fn copy(root: &Path, binds: &[Bind]) -> Result<Files> {
+        allow_descriptors(binds.len())?;
         let root = copy(root, true).with_context(|| format!("copy the root filesystem {}", root.display()))?;
         mounts::restrict(&root, false)?;
         let copied = |bind: &Bind| {
@@ -93,6 +97,15 @@ impl Files {
         mounts::make_readonly(&part).context("make the container's part of the share read-only")?;
         Ok(part)
     }
+}
+
+/// Raises the limit of this process's descriptors, if that is necessary for `count` more.
+fn allow_descriptors(count: usize) -> Result<()> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < DESCRIPTORS + count as u64) {
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).context("raise the limit of descriptors")?;
+    }
+    Ok(())
 }
 
 /// A copy of its own: what the host mounts there later would be seen by the guest, without restrictions, and could not be unmounted.

@@ -39,6 +39,16 @@ fn a_creation_that_is_killed_at_any_moment_leaves_nothing() {
 }
 
 #[test]
+fn a_container_whose_state_is_damaged_can_be_deleted() {
+    let runtime = runtime!();
+    start(&runtime, "damaged", "sleep 1000", |config| config["annotations"]["io.husk.memory"] = "64".into());
+    fs::write(runtime.path("state/damaged/state.json"), "{").unwrap();
+    runtime.run(&["delete", "damaged"]).fails_with("state.json");
+    runtime.run(&["delete", "--force", "damaged"]).expect(0);
+    runtime.expect_nothing_left();
+}
+
+#[test]
 fn pods_of_several_clients_do_not_disturb_each_other() {
     let runtime = runtime!();
     let guests = runtime.kernel.parent().unwrap().parent().unwrap().to_owned();

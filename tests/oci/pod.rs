@@ -144,7 +144,7 @@ fn containers_of_a_pod_are_one_machine_and_have_files_processes_and_limits_of_th
     await_output(&runtime, "web", "listed");
     assert!(output(&runtime, "web").contains("trap 'exit 0' TERM"), "{}", output(&runtime, "web"));
     runtime.run(&["delete", "--force", "web"]).expect(0);
-    await_that(|| !runtime.run(&["ps", "pause"]).output.contains("sleep 1000"), || "its processes are left".into());
+    assert!(!runtime.run(&["ps", "pause"]).expect(0).contains("sleep 1000"), "its processes are left");
     // The machine ends with the first, and all with it.
     assert_eq!(runtime.status("client"), "running");
     runtime.run(&["kill", "pause", "TERM"]).expect(0);
@@ -195,6 +195,13 @@ fn a_container_of_a_pod_fails_by_itself() {
     let processes = exec(&runtime, "pause", "cat /sys/fs/cgroup/container-late/cgroup.procs");
     assert_eq!(processes.output, "");
     runtime.run(&["delete", "late"]).expect(0);
+    // It stops whoever is to enter it, which is nobody else's loss.
+    start(&runtime, "stopper", "while :; do kill -STOP -1; done", pod);
+    let mut held_up = runtime.command(&["exec", "stopper", "sleep", "1000"]).spawn().unwrap();
+    assert_eq!(exec(&runtime, "pause", "echo served").expect(0), "served\n");
+    assert!(held_up.try_wait().unwrap().is_none(), "the other was served after it");
+    runtime.run(&["delete", "--force", "stopper"]).expect(0);
+    assert!(!held_up.wait().unwrap().success());
     // A machine has one network, and a container that has ended has no machine.
     runtime.configure("", |config| join(&runtime, config, "pause", &["ipc"]));
     runtime.run(&["create", "other"]).fails_with("containers of a machine have one network");

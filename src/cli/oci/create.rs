@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -26,8 +26,6 @@ pub const PROCEED: &str = "proceed";
 pub const CREATED: &str = "created";
 /// Why it is not, if it has not said that.
 const NOT_CREATED: &str = "the container's process has ended before it was created";
-/// How long a process that was killed may take to end.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(super) struct Create {
@@ -245,14 +243,4 @@ pub fn write_pid(path: Option<&Path>, pid: u32) -> Result<()> {
     let next = path.with_extension(format!("{}.tmp", std::process::id()));
     let written = fs::write(&next, pid.to_string()).and_then(|()| fs::rename(&next, path));
     written.with_context(|| format!("write the PID to {}", path.display()))
-}
-
-/// Waits until a process that was killed has ended.
-pub fn await_end(process: ProcessId) -> Result<()> {
-    let until = std::time::Instant::now() + KILL_TIMEOUT;
-    while process.is_alive() {
-        ensure!(std::time::Instant::now() < until, "process {} does not end", process.pid);
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    Ok(())
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{Flags, create, kill};
+use super::{Flags, kill, supervise};
 use crate::oci::pod::Pod;
 use crate::oci::state::{self, Dir, Root, Status};
 use crate::oci::{hooks, share};
@@ -33,7 +33,14 @@ pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
     let root = flags.root()?;
     let (dir, state) = match root.open(id) {
         Ok(found) => found,
-        Err(_) if force => return clean_up(&root, &root.dir(id)),
+        Err(_) if force => {
+            // Nothing may be known of it, or what is known be damaged.
+            if let Some(process) = supervise::find(&root, id) {
+                kill::send(process, libc::SIGKILL)?;
+                kill::await_end(process, kill::KILL_TIMEOUT)?;
+            }
+            return clean_up(&root, &root.dir(id));
+        }
         Err(error) => return Err(error),
     };
     match state.status(&dir) {
@@ -44,7 +51,7 @@ pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
     }
     if let Some(process) = state.process {
         kill::kill_now(&state)?;
-        create::await_end(process)?;
+        kill::await_end(process, kill::KILL_TIMEOUT)?;
     }
     let config = dir.config();
     clean_up(&root, &dir)?;

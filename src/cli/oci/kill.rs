@@ -1,14 +1,22 @@
 //! `husk oci kill`: sends the process of a container a signal.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::Flags;
 use crate::cli::{machines, signal};
-use crate::oci::state::{Dir, State, Status};
+use crate::oci::state::{Dir, ProcessId, State, Status};
 use crate::request::Request;
+use crate::state_dir::record::State as MachineState;
 use crate::sys::process::signal_opened;
+
+/// How long a guest has to kill a container's processes, and then to report it.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a process may take to end that was killed.
+pub const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(super) struct Kill {
@@ -43,7 +51,7 @@ pub fn kill(dir: &Dir, state: &State, signal: u8) -> Result<()> {
         Status::Created | Status::Running if state.pod.is_some() => {
             let number = i32::from(signal);
             ensure!(number != libc::SIGSTOP, "SIGSTOP: use `pause` for a container that shares its machine");
-            send(state, number)
+            state.process.map_or(Ok(()), |process| send(process, number))
         }
         Status::Created | Status::Running => machines::request(&state.machine()?, &Request::Kill { signal }),
         Status::Paused => bail!("container is paused: resume it first"),
@@ -51,14 +59,32 @@ pub fn kill(dir: &Dir, state: &State, signal: u8) -> Result<()> {
     }
 }
 
-/// Ends the container, and its machine if that is its own, by killing its process, which need not answer.
+/// Ends the container, and its machine if that is its own, by killing its process, which need not answer. The processes of one that
+/// shares its machine are killed first, so that none of them outlives it, unless the guest does not do so in time.
 pub fn kill_now(state: &State) -> Result<()> {
-    send(state, libc::SIGKILL)
+    if state.pod.is_some()
+        && state.machine().is_ok_and(|machine| !matches!(machine.state(), MachineState::Paused { .. }))
+        && let Some(process) = state.process
+        && super::cgroup::kill(state, GUEST_TIMEOUT).is_ok()
+        && await_end(process, GUEST_TIMEOUT).is_ok()
+    {
+        return Ok(());
+    }
+    state.process.map_or(Ok(()), |process| send(process, libc::SIGKILL))
 }
 
-/// Sends the container's process on the host a signal, if it is still there.
-fn send(state: &State, signal: i32) -> Result<()> {
-    let Some(process) = state.process else { return Ok(()) };
+/// Waits until a process that was killed has ended.
+pub fn await_end(process: ProcessId, timeout: Duration) -> Result<()> {
+    let until = Instant::now() + timeout;
+    while process.is_alive() {
+        ensure!(Instant::now() < until, "process {} does not end", process.pid);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// Sends a container's process on the host a signal, if it is still there.
+pub fn send(process: ProcessId, signal: i32) -> Result<()> {
     let Some(handle) = process.pid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return Ok(()) };
     // Looked at after it was opened: what is killed is this process, and no later one with its PID.
     if process.is_alive() {

@@ -6,7 +6,9 @@
 //! machine needs the host's.
 
 use std::os::fd::{AsFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 use std::time::Instant;
@@ -36,7 +38,7 @@ use crate::oci::cgroup;
 use crate::oci::config::Config;
 use crate::oci::machine::Shape;
 use crate::oci::share::Files;
-use crate::oci::state::{Dir, State};
+use crate::oci::state::{Dir, ProcessId, Root, State};
 use crate::oci::{guest, share};
 use crate::resources::guest_kernel::Choice;
 use crate::resources::{self, interface};
@@ -128,6 +130,24 @@ impl Supervise {
         let run = Machine { dir: &dir, config: &config, channel, signals: &signals };
         run.run(machine_dir, &state, container, process)
     }
+}
+
+/// The process of the container `id` for its engine, by its command line, if nothing else says which it is.
+pub fn find(root: &Root, id: &str) -> Option<ProcessId> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_it = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        is_command_of(&line, root.path(), id)
+    };
+    pids.filter(is_it).find_map(ProcessId::of)
+}
+
+/// Whether `line`, with a NUL byte after each word, is what [`Creation`](super::create) starts for the container `id`.
+fn is_command_of(line: &[u8], root: &Path, id: &str) -> bool {
+    let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+    let [_, b"oci", b"--root", path, b"supervise", rest @ ..] = &words[..] else { return false };
+    *path == root.as_os_str().as_bytes() && rest.contains(&id.as_bytes()) && !rest.contains(&&b"--machine"[..])
 }
 
 /// Puts this process into the container's cgroup on the host.
@@ -247,5 +267,19 @@ fn reason(ended: &Ended) -> anyhow::Error {
             let last = ended.last_words().join("; ");
             anyhow::anyhow!("the machine has ended before the container was created: {}; {last}", ended.reason)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_of_a_container_is_known_by_its_command_line() {
+        let is = |line: &str| is_command_of(line.replace(' ', "\0").as_bytes(), Path::new("/run/husk-oci"), "a");
+        assert!(is("husk oci --root /run/husk-oci supervise --session a --channel=5 "));
+        assert!(!is("husk oci --root /run/husk-oci supervise --machine a --channel=5 "));
+        assert!(!is("husk oci --root /run/husk-oci supervise b --channel=5 "));
+        assert!(!is("husk oci --root /run/other supervise a --channel=5 ") && !is("husk oci") && !is(""));
     }
 }
