@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::exit::Exit;
-use super::time;
+use super::{reach, time};
 use crate::foreign;
 use crate::state_dir::StateDir;
 use crate::state_dir::events::Event;
@@ -22,6 +22,9 @@ Examples:
 
 /// The interval at which new events are looked for.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The fields of an event.
+const FIELDS: [&str; 9] = ["Type", "Action", "Actor", "timeNano", "status", "id", "scope", "time", "from"];
 
 /// Notes that `action` has happened to the image, network or volume with this ID.
 pub fn note(kind: &str, action: &str, id: impl Display, name: impl Display) {
@@ -42,7 +45,7 @@ pub(super) struct Events {
     #[arg(long, value_name = "TIME", value_parser = time::timestamp_ns)]
     until: Option<u64>,
 
-    /// Show only some events, by container, event, image, network or type; of the same kind, one of several suffices
+    /// Show only some events, by container, event, image, label, network or type; of the same kind, one of several suffices
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = filter)]
     filter: Vec<(Key, String)>,
 
@@ -56,6 +59,7 @@ enum Key {
     Container,
     Event,
     Image,
+    Label,
     Network,
     Type,
 }
@@ -83,11 +87,14 @@ impl Events {
     }
 
     fn is_wanted(&self, event: &Event) -> bool {
-        let keys = [Key::Container, Key::Event, Key::Image, Key::Network, Key::Type];
-        keys.into_iter().all(|key| {
-            let mut values = self.filter.iter().filter(|(other, _)| *other == key).map(|(_, value)| value).peekable();
-            values.peek().is_none() || values.any(|value| matches(event, key, value))
-        })
+        let is_of_helper = event.actor.attributes.contains_key(reach::FILES_OF);
+        let keys = [Key::Container, Key::Event, Key::Image, Key::Label, Key::Network, Key::Type];
+        !is_of_helper
+            && keys.into_iter().all(|key| {
+                let mut values =
+                    self.filter.iter().filter(|(other, _)| *other == key).map(|(_, value)| value).peekable();
+                values.peek().is_none() || values.any(|value| matches(event, key, value))
+            })
     }
 }
 
@@ -103,7 +110,11 @@ impl Format {
         Ok(match text {
             None => Format::Text,
             Some("json") => Format::Json,
-            Some(template) => Format::Template(Template::parse(template)?),
+            Some(template) => {
+                let template = Template::parse(template)?;
+                template.check(&FIELDS)?;
+                Format::Template(template)
+            }
         })
     }
 
@@ -111,7 +122,13 @@ impl Format {
         let text = match self {
             Format::Text => as_text(event),
             Format::Json => serde_json::to_string(&as_json(event))?,
-            Format::Template(template) => template.render(&as_json(event))?,
+            Format::Template(template) => {
+                let mut value = as_json(event);
+                if value["from"].is_null() {
+                    value["from"] = json!("");
+                }
+                template.render(&value)?
+            }
         };
         Ok(foreign::line(&text).into_owned() + "\n")
     }
@@ -130,6 +147,10 @@ fn matches(event: &Event, key: Key, value: &str) -> bool {
         // `exec_start: sh -c …`
         Key::Event => event.action.split(':').next() == Some(value),
         Key::Image => !value.is_empty() && (is_it("image") || attribute("image")),
+        Key::Label => match value.split_once('=') {
+            Some((label, value)) => event.actor.attributes.get(label).is_some_and(|found| found == value),
+            None => event.actor.attributes.contains_key(value),
+        },
         Key::Network => !value.is_empty() && is_it("network"),
         Key::Type => event.kind == value,
     }
@@ -155,12 +176,13 @@ fn as_json(event: &Event) -> Value {
 }
 
 fn filter(text: &str) -> Result<(Key, String), String> {
-    let wrong = || format!("{text:?} is not a filter: use container=, event=, image=, network= or type=");
+    let wrong = || format!("{text:?} is not a filter: use container=, event=, image=, label=, network= or type=");
     let (key, value) = text.split_once('=').ok_or_else(wrong)?;
     let key = match key {
         "container" => Key::Container,
         "event" => Key::Event,
         "image" => Key::Image,
+        "label" => Key::Label,
         "network" => Key::Network,
         "type" => Key::Type,
         _ => return Err(wrong()),
@@ -191,15 +213,28 @@ mod tests {
             &["container=web", "type=container"],
             &["container=0123"],
             &["image=debian:12"],
+            &["image=debian:12"],
+            &["label=name", "label=exitCode=3"],
         ] {
             assert!(are_wanted(wanted), "{wanted:?}");
         }
-        for unwanted in
-            [&["event=start"][..], &["event=die", "container=db"], &["type=image"], &["network=web"], &["container="]]
-        {
+        for unwanted in [
+            &["event=start"][..],
+            &["event=die", "container=db"],
+            &["type=image"],
+            &["network=web"],
+            &["container="],
+            &["label=name=db"],
+        ] {
             assert!(!are_wanted(unwanted), "{unwanted:?}");
         }
         assert!(filter("die").is_err() && filter("color=red").is_err());
+    }
+
+    #[test]
+    fn machines_that_serve_the_files_of_others_are_not_shown() {
+        let all = Events { since: None, until: None, filter: Vec::new(), format: None };
+        assert!(all.is_wanted(&died()) && !all.is_wanted(&died().with(reach::FILES_OF, "0123456789ab")));
     }
 
     #[test]
@@ -211,5 +246,12 @@ mod tests {
         assert_eq!(value["Actor"]["Attributes"]["exitCode"], "3");
         let template = Format::parse(Some("{{.Action}} {{.Actor.Attributes.name}}")).unwrap();
         assert_eq!(template.line(&died()).unwrap(), "die web\n");
+        let Err(error) = Format::parse(Some("{{.Nope}}")) else { panic!() };
+        assert!(
+            format!("{error:#}")
+                .ends_with("no field .Nope, there are Type, Action, Actor, timeNano, status, id, scope, time, from")
+        );
+        let created = Format::parse(Some("{{.Action}} <{{.From}}>")).unwrap();
+        assert_eq!(created.line(&Event::new("network", "create", "web")).unwrap(), "create <>\n");
     }
 }

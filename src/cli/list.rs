@@ -112,6 +112,10 @@ impl Row {
 impl FormatFlag {
     /// The rows as text, ready to be printed to a terminal.
     pub fn text(&self, columns: &Columns, rows: Vec<Row>) -> Result<String> {
+        if let Some(Format::TableOf(template) | Format::Lines(template)) = &self.format {
+            let known: Vec<&str> = columns.all.iter().map(|(field, _)| *field).collect();
+            template.check(&known)?;
+        }
         Ok(match &self.format {
             None | Some(Format::Table) => {
                 let header = columns.shown.iter().map(|field| header(columns, field)).collect();
@@ -223,6 +227,12 @@ mod tests {
         assert_eq!(template.render(&row.for_templates()).unwrap(), "1\ta=b b");
         assert!(matches!(format("table {{.ID}}"), Ok(Format::TableOf(_))));
         assert!(format("{{.ID").unwrap_err().contains("}}"));
+        let columns = Columns { all: &[("ID", "NO"), ("Name", "NAME")], shown: &["ID"], key: "ID", filters: &[] };
+        for wrong in ["{{.Nope}}", "table {{.ID}} {{.Nope}}"] {
+            // Also of a list of nothing.
+            let error = FormatFlag { format: Some(format(wrong).unwrap()) }.text(&columns, Vec::new()).unwrap_err();
+            assert!(format!("{error:#}").ends_with("there is no field .Nope, there are ID, Name"), "{error:#}");
+        }
     }
 
     #[test]

@@ -35,6 +35,7 @@ const COLUMNS: Columns = Columns {
         ("Scope", "SCOPE"),
         ("State", "STATE"),
         ("Labels", "LABELS"),
+        ("Label", "LABEL"),
     ],
     shown: &["Driver", "Name", "State"],
     key: "Name",

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 
+use super::fields;
 use super::functions::{self, is_true, shown};
 use super::parse::{Base, Node, Operand, Pipeline};
 
@@ -152,9 +153,9 @@ impl State {
     }
 }
 
-/// A part of an object. Go's names of fields differ from those in JSON by the case of some letters, such as ID, and both are used.
+/// A part of an object.
 fn part(mut map: Map<String, Value>, field: &str) -> Result<Value> {
-    let known = map.keys().find(|key| *key == field).or_else(|| map.keys().find(|key| key.eq_ignore_ascii_case(field)));
-    let known = known.cloned().with_context(|| format!("there is no field .{field}"))?;
+    let names: Vec<&str> = map.keys().map(String::as_str).collect();
+    let known = fields::find(&names, field)?.to_owned();
     Ok(map.remove(&known).unwrap_or_default())
 }

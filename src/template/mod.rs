@@ -8,6 +8,7 @@
 //! Templates come from the user, values from anywhere.
 
 mod evaluate;
+mod fields;
 mod functions;
 mod parse;
 mod scan;
@@ -28,6 +29,11 @@ impl Template {
     pub fn parse(text: &str) -> Result<Template> {
         let nodes = parse::parse(text).context("parse the template")?;
         Ok(Template { nodes })
+    }
+
+    /// Fails if the template names a field of the value other than `known`, without a value to fill in.
+    pub fn check(&self, known: &[&str]) -> Result<()> {
+        fields::check(&self.nodes, known).context("use the template")
     }
 
     /// Fills in `value`. A field that does not exist is an error.

@@ -74,7 +74,10 @@ fn functions_are_gos_and_dockers() {
 #[test]
 fn mistakes_are_errors() {
     for (template, words) in [
-        ("{{.Nope}}", "there is no field .Nope"),
+        (
+            "{{.Nope}}",
+            "there is no field .Nope, there are Config, Created, Id, Label, Name, NetworkSettings, Size, State",
+        ),
         ("{{.State.Health.Status}}", "no value before it"),
         ("{{.Name.x}}", "no field .x in web"),
         ("{{nope}}", "no function \"nope\""),
@@ -121,5 +124,28 @@ fn deep_nesting_is_refused() {
             format!("{:#}", Template::parse(&template).unwrap_err()).contains("nested") || template.contains("else")
         );
         assert!(Template::parse(&template).is_err());
+    }
+}
+
+#[test]
+fn unknown_fields_are_found_without_a_value() {
+    let check = |template: &str| Template::parse(template).unwrap().check(&["ID", "Labels"]);
+    for known in [
+        "x{{.Id}}{{upper .Labels}}{{$.ID}}",
+        "{{range .Labels}}{{.Any}}{{$.ID}}{{end}}",
+        "{{with .Labels}}{{.Any}}{{else}}{{.ID}}{{end}}",
+        "{{json .}}{{(index .Labels 1).Any}}{{$x := .ID}}{{$x.Any}}",
+    ] {
+        check(known).unwrap_or_else(|error| panic!("{known}: {error:#}"));
+    }
+    for unknown in [
+        "{{.Nope}}",
+        "{{upper .Nope}}",
+        "{{if .ID}}{{else}}{{(print $.Nope)}}{{end}}",
+        "{{range .ID}}{{$.Nope}}{{end}}",
+        "{{with .ID}}{{else}}{{.Nope}}{{end}}",
+    ] {
+        let error = format!("{:#}", check(unknown).unwrap_err());
+        assert_eq!(error, "use the template: there is no field .Nope, there are ID, Labels", "{unknown}");
     }
 }
