@@ -458,6 +458,7 @@ fn a_users_mistake_is_answered_with_what_to_type() {
         (&["run", "-v", "data:relative", "x"], "use an absolute path in the machine"),
         (&["run", "--cpus", "0", "x"], "1 to 32"),
         (&["run", "-m", "1M", "x"], "use --memory 32M or more"),
+        (&["run", "-m", "4T", "x"], "4194304 MiB of memory: this host has "),
         (&["run", "-m", "512", "x"], "a plain number is bytes"),
         (&["run", "-l", "=x", "x"], "use KEY=VALUE or KEY"),
         (&["run", "-p", "99999:80", "x"], "host ports are 1 to 65535"),
@@ -472,6 +473,9 @@ fn a_users_mistake_is_answered_with_what_to_type() {
         (&["rmi", "none"], "see `husk images`"),
         (&["stop", "none"], "see `husk ps -a`"),
         (&["compose", "up"], "husk network create"),
+        (&["ps", "--format", "{{.Nope}}"], "there is no field .Nope, there are ID, Image, Command"),
+        (&["images", "--format", "table {{.ID}}\\t{{.Nope}}"], "there is no field .Nope, there are Repository, Tag"),
+        (&["events", "--format", "{{.Nope}}"], "there is no field .Nope, there are Type, Action, Actor"),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
         command.args(words).envs([("HUSK_DATA", data.path()), ("XDG_RUNTIME_DIR", data.path())]);

@@ -155,6 +155,7 @@ impl Boot {
             super::print_json(&config, "the configuration")?;
             return Ok(Exit::Success);
         }
+        resources::host::check_memory(config.memory_target_mib.unwrap_or(config.memory_mib))?;
         self.lifecycle.check_cidfile()?;
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();

@@ -1,10 +1,11 @@
-//! Collects facts about the host for `husk doctor`. It changes nothing on the host.
+//! Facts about the host, for `husk doctor` and before a machine starts. Nothing here changes the host.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::passt;
@@ -267,6 +268,23 @@ fn cgroups(root: &Path) -> Cgroups {
     }
 }
 
+/// Fails if a guest with `memory_mib` of memory could never have all of it on this host. More than is free is fine: few guests use all
+/// they have, and what they do not use returns to the host.
+pub fn check_memory(memory_mib: u64) -> Result<()> {
+    match memory_total_mib(&read(Path::new("/"), "proc/meminfo")) {
+        Some(total_mib) if memory_mib > total_mib => {
+            bail!("{memory_mib} MiB of memory: this host has {total_mib} MiB, including swap, use --memory with less")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The memory of a host and its swap.
+fn memory_total_mib(meminfo: &str) -> Option<u64> {
+    let kib = |key| field(meminfo, key)?.strip_suffix(" kB")?.parse::<u64>().ok();
+    Some(kib("MemTotal")?.saturating_add(kib("SwapTotal").unwrap_or(0)) >> 10)
+}
+
 fn memory_available_mib(meminfo: &str) -> Option<u64> {
     let kib: u64 = field(meminfo, "MemAvailable")?.strip_suffix(" kB")?.parse().ok()?;
     Some(kib >> 10)
@@ -328,6 +346,15 @@ mod tests {
         assert!(!host(&[("proc/sys/user/max_user_namespaces", "0\n")]).user_namespaces);
         assert!(!host(&[most, ("proc/sys/kernel/unprivileged_userns_clone", "0\n")]).user_namespaces);
         assert!(!host(&[most, ("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1\n")]).user_namespaces);
+    }
+
+    #[test]
+    fn more_memory_than_a_host_has_with_swap_is_refused() {
+        assert_eq!(memory_total_mib("MemTotal:  2097152 kB\nSwapTotal: 1048576 kB\n"), Some(3072));
+        assert_eq!((memory_total_mib("MemTotal: 1024 kB\n"), memory_total_mib("")), (Some(1), None));
+        check_memory(1).unwrap();
+        let error = check_memory(u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("MiB, including swap, use --memory with less"), "{error}");
     }
 
     #[test]

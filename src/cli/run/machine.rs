@@ -12,7 +12,7 @@ use crate::cli::limits::LimitFlags;
 use crate::cli::network::NetworkFlags;
 use crate::cli::pull::PullFlags;
 use crate::cli::size;
-use crate::config::{Invalid, MAX_CPUS, MIN_MEMORY_MIB, MachineConfig, Transport};
+use crate::config::{Invalid, MAX_CPUS, MAX_MEMORY_MIB, MIN_MEMORY_MIB, MachineConfig, Transport};
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::{ImageProcess, on_demand};
 use crate::resources::guest_kernel::{Choice, GuestKernel};
@@ -121,6 +121,10 @@ impl MachineFlags {
         if self.memory < MIN_MEMORY_MIB {
             return Err(Invalid::TooLittleMemory(self.memory).into());
         }
+        if self.memory > MAX_MEMORY_MIB {
+            return Err(Invalid::TooMuchMemory(self.memory).into());
+        }
+        resources::host::check_memory(self.memory)?;
         self.network.check()
     }
 
