@@ -21,7 +21,7 @@ use crate::sys::socket;
 pub use cmdline::{default_cmdline, hides_devices};
 pub use disk::{
     Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_BACKING_FILES, MAX_DISK_ID_BYTES,
-    MAX_DISK_QUEUES,
+    MAX_DISK_QUEUES, OWN_FILES, disk_name,
 };
 pub use health::HealthCheck;
 pub use memory::HugePages;

@@ -216,7 +216,7 @@ fn cpus(record: &Record) -> String {
 
 /// What the machine's disks take on the host.
 fn disk_usage(record: &Record) -> String {
-    let (own, all) = machine::disk_bytes(&record.config);
+    let (own, all) = machine::disk_bytes(&record.config, record.pid);
     format!("{} (virtual {})", HumanBytes(own), HumanBytes(all))
 }
 

@@ -89,7 +89,7 @@ impl SnapshotArgs {
         machines::request_slowly(&entry, &request, wait).with_context(|| entry.name().to_owned())?;
         drop(bar);
         let layer = entry.kept().map(|kept| kept.join(LAYER));
-        let is_own = |disk: &DiskConfig| snapshot::is_nameless(disk) || Some(&disk.path) == layer.as_ref();
+        let is_own = |disk: &DiskConfig| disk.is_nameless() || Some(&disk.path) == layer.as_ref();
         let is_shared = |disk: &DiskConfig| !disk.readonly && !is_own(disk);
         if !self.stop && !self.with_disks && entry.record()?.config.disks.iter().any(is_shared) {
             log::warn!(

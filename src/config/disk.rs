@@ -1,7 +1,7 @@
 //! A disk's configuration, from `--disk` or a configuration file, opened by `resources/disk/`.
 
 use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::{Display, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,18 @@ pub const DISK_BLOCK_BYTES: RangeInclusive<u32> = 512..=4096;
 
 /// The maximum number of queues of a disk.
 pub const MAX_DISK_QUEUES: u16 = 16;
+
+/// Where a process finds its own open files (proc(5)).
+pub const OWN_FILES: &str = "/proc/self/fd";
+
+/// The name of a disk in messages: its path, unless the file has none.
+pub fn disk_name(path: &Path) -> Display<'_> {
+    if is_nameless(path) { Path::new("(temporary)").display() } else { path.display() }
+}
+
+fn is_nameless(path: &Path) -> bool {
+    path.starts_with(OWN_FILES)
+}
 
 /// A disk image or block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +73,21 @@ pub struct BackingConfig {
     /// The format, unless it follows from the name, as for a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+}
+
+impl DiskConfig {
+    /// Whether the disk's file has no name, so that it is lost with the process that has it.
+    pub fn is_nameless(&self) -> bool {
+        is_nameless(&self.path)
+    }
+
+    /// The disk's path for other processes than the one with the ID `pid`, which has the disk open.
+    pub fn path_in(&self, pid: u32) -> PathBuf {
+        match self.path.strip_prefix(OWN_FILES) {
+            Ok(number) => Path::new("/proc").join(pid.to_string()).join("fd").join(number),
+            Err(_) => self.path.clone(),
+        }
+    }
 }
 
 impl BackingConfig {
@@ -244,6 +271,17 @@ mod tests {
         let with = |queues| DiskConfig { queues, ..disk() }.validate(2);
         assert_eq!([1, 16].map(with), [Ok(()), Ok(())]);
         assert_eq!([0, 17].map(with), [Err(Invalid::DiskQueues(2, 0)), Err(Invalid::DiskQueues(2, 17))]);
+    }
+
+    #[test]
+    fn a_disk_without_a_name_is_not_called_by_a_number() {
+        let disk = DiskConfig::of(format!("{OWN_FILES}/7").into());
+        assert!(disk.is_nameless());
+        assert_eq!(disk_name(&disk.path).to_string(), "(temporary)");
+        assert_eq!(disk.path_in(12), Path::new("/proc/12/fd/7"));
+        let named = DiskConfig::of("/proc/self/fdisk.img".into());
+        assert!(!named.is_nameless());
+        assert_eq!((disk_name(&named.path).to_string(), named.path_in(1)), ("/proc/self/fdisk.img".into(), named.path));
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{OWN_FILES, SnapshotWriter};
-use crate::config::MachineConfig;
+use super::SnapshotWriter;
+use crate::config::{MachineConfig, OWN_FILES};
 use crate::image::{Progress, Store};
 use crate::resources::disk::copy;
 use crate::sys::disk;

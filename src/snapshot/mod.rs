@@ -53,8 +53,6 @@ const ID_BYTES: usize = 16;
 const DISK: &str = "disk-";
 /// What the names of files for shares start with.
 const SHARE: &str = "share-";
-/// Where a process finds its own open files (proc(5)).
-const OWN_FILES: &str = "/proc/self/fd";
 /// The maximum size of a description. Most of it are the process's environment and the configuration.
 const DESCRIPTION_BYTES_MAX: u64 = 16 << 20;
 
@@ -287,11 +285,6 @@ pub fn is_inside(disk: &DiskConfig) -> bool {
     disk.path.is_relative()
 }
 
-/// Whether the disk is lost with the process that has it.
-pub fn is_nameless(disk: &DiskConfig) -> bool {
-    disk.path.starts_with(OWN_FILES)
-}
-
 /// The name of disk `index` in a snapshot that contains it.
 fn disk_name(index: usize) -> String {
     format!("{DISK}{index}")
@@ -315,7 +308,7 @@ pub fn portable(
         match inside {
             DisksInside::Writable if !disk.readonly => {}
             DisksInside::Own if layer == Some(&disk.path) => {}
-            _ if is_nameless(disk) => {}
+            _ if disk.is_nameless() => {}
             _ => continue,
         }
         // It no longer follows from the name.

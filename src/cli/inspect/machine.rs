@@ -50,7 +50,7 @@ pub struct Inspected {
 impl Inspected {
     /// Adds what its disks take on the host.
     pub fn measure(&mut self) {
-        let sizes = self.husk.as_ref().map(|own| disk_bytes(&own.config)).unwrap_or_default();
+        let sizes = self.husk.as_ref().map(|own| disk_bytes(&own.config, self.state.pid)).unwrap_or_default();
         (self.size_rw, self.size_root_fs) = (Some(sizes.0), Some(sizes.1));
     }
 }
@@ -176,9 +176,9 @@ struct Own {
     config: MachineConfig,
 }
 
-/// What the machine's own disks take on the host, and all of them.
-pub fn disk_bytes(config: &MachineConfig) -> (u64, u64) {
-    let disk = |disk: &DiskConfig| Some((disk.readonly, allocated_bytes(&fs::metadata(&disk.path).ok()?)));
+/// What the machine's own disks take on the host, and all of them. Its process has the ID `pid`.
+pub fn disk_bytes(config: &MachineConfig, pid: u32) -> (u64, u64) {
+    let disk = |disk: &DiskConfig| Some((disk.readonly, allocated_bytes(&fs::metadata(disk.path_in(pid)).ok()?)));
     let sizes: Vec<(bool, u64)> = config.disks.iter().filter_map(disk).collect();
     let own = sizes.iter().filter(|(readonly, _)| !readonly).map(|(_, bytes)| bytes).sum();
     (own, sizes.iter().map(|(_, bytes)| bytes).sum())

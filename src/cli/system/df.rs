@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
@@ -12,6 +12,7 @@ use crate::cli::exit::Exit;
 use crate::cli::list::{Columns, ListFlags, Row};
 use crate::cli::reach;
 use crate::image::{Listed, Store};
+use crate::state_dir::record::Record;
 use crate::state_dir::{MachineEntry, StateDir};
 use crate::sys::disk::allocated_bytes;
 
@@ -123,9 +124,13 @@ fn warm(images: &[Listed]) -> Vec<Item> {
 
 /// What a machine has written: its logs, and the disks that are its own.
 fn machine(entry: &MachineEntry) -> Item {
-    let disks = entry.record.iter().flat_map(|record| &record.config.disks).filter(|disk| !disk.readonly);
-    let disk_bytes: u64 =
-        disks.filter_map(|disk| fs::metadata(&disk.path).ok()).map(|found| allocated_bytes(&found)).sum();
+    let paths = |record: &Record| -> Vec<PathBuf> {
+        let pid = if entry.alive { record.pid } else { 0 };
+        let own = record.config.disks.iter().filter(|disk| !disk.readonly);
+        own.map(|disk| disk.path_in(pid)).collect()
+    };
+    let files = entry.record.iter().flat_map(paths).filter_map(|path| fs::metadata(path).ok());
+    let disk_bytes: u64 = files.map(|found| allocated_bytes(&found)).sum();
     let dir_bytes = entry.file("").parent().map_or(0, |dir| tree_bytes(dir, 1));
     Item { name: entry.name().to_owned(), bytes: dir_bytes + disk_bytes, is_active: entry.alive }
 }

@@ -8,14 +8,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::format::warn_of_format;
 use super::{is_block_device, lock};
 use crate::backend::disk::{Backing, Refusal};
-use crate::config::{BackingConfig, Format};
+use crate::config::{BackingConfig, Format, disk_name};
 
 /// Opens the backing files of a qcow2 image for reading, the last one first, and locks them: others can read them, and nobody
 /// can write to them.
 pub(super) fn open(chain: &[BackingConfig]) -> Result<Option<Backing>> {
     let mut below = None;
     for config in chain.iter().rev() {
-        let (path, name) = (&config.path, config.path.display());
+        let (path, name) = (&config.path, disk_name(&config.path));
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = file.with_context(|| format!("open backing file {name}"))?;
         let block_device = is_block_device(&file, path)?;

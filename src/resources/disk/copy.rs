@@ -10,6 +10,7 @@ use rustix::fs;
 use rustix::io::Errno;
 
 use super::check_is_in_use;
+use crate::config::disk_name;
 use crate::sys;
 
 /// The amount that is copied at once.
@@ -20,7 +21,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// Opens the file of a disk to be copied, while it belongs to a machine. Fails if it is a block device: a copy of all its blocks is
 /// nothing that a machine should wait for, and a file behaves differently. Fails if another file has taken its place.
 pub fn source(path: &Path) -> Result<File> {
-    let name = path.display();
+    let name = disk_name(path);
     let open = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = open.with_context(|| format!("open disk {name}"))?;
     let kind = file.metadata().with_context(|| format!("open disk {name}"))?.file_type();

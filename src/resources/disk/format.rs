@@ -4,10 +4,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::config::disk_name;
+
 /// Warns if a file that is used as raw by default looks like another format. It is only a warning: a guest may have
 /// written those bytes. `option` is the one that sets the format.
 pub(super) fn warn_of_format(file: &File, path: &Path, option: &str) {
-    let name = path.display();
+    let name = disk_name(path);
     match format_by_contents(file) {
         Some("qcow2") => log::warn!(
             "disk {name} looks like a qcow2 image but is used as raw: add `,{option}=qcow2` if it is one, or `,{option}=raw`"

@@ -25,7 +25,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::fs::{self, AtFlags, OFlags, StatxFlags};
 
 use crate::backend::disk::{Alignment, PlainDisk, Qcow2Disk, UringDisk};
-use crate::config::{Aio, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
+use crate::config::{Aio, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, Rate, disk_name};
 use crate::sys;
 use format::warn_of_format;
 
@@ -95,7 +95,7 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<DiskFile>> {
 /// Fails with one line that names the disk and what is wrong with it.
 fn open(config: &DiskConfig) -> Result<DiskFile> {
     let DiskConfig { path, readonly, id, cache, aio, queues, rate, .. } = config;
-    let name = path.display();
+    let name = disk_name(path);
     let file = open_file(path, *readonly)?;
     let block_device = is_block_device(&file, path)?;
     clear_nonblock(&file).with_context(|| format!("open disk {name}"))?;
@@ -123,7 +123,7 @@ fn open(config: &DiskConfig) -> Result<DiskFile> {
 }
 
 fn open_file(path: &Path, readonly: bool) -> Result<File> {
-    let name = path.display();
+    let name = disk_name(path);
     // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened.
     match File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path) {
         Err(error) if error.kind() == ErrorKind::IsADirectory => bail!("disk {name} is a directory"),
@@ -141,7 +141,7 @@ fn raw_image(
     block_device: bool,
     direct: Option<Alignment>,
 ) -> Result<(DiskImage, u64)> {
-    let name = config.path.display();
+    let name = disk_name(&config.path);
     // The metadata of a block device does not contain its size.
     let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
     let image = match direct {
@@ -161,7 +161,7 @@ fn raw_image(
 /// A qcow2 image in `file` with its backing files, and its capacity.
 fn qcow2_image(config: &DiskConfig, file: File, block_device: bool) -> Result<(DiskImage, u64)> {
     let DiskConfig { path, readonly, cache, aio, queues, backing, .. } = config;
-    let name = path.display();
+    let name = disk_name(path);
     ensure!(*aio == Aio::Auto, "disk {name} is a qcow2 image, which has no aio=: remove it");
     ensure!(*queues == 1, "disk {name} is a qcow2 image, which has a single queue: remove num_queues=");
     ensure!(*cache != Cache::None, "disk {name} is a qcow2 image, which needs the page cache: remove cache=none");
@@ -176,7 +176,7 @@ fn qcow2_image(config: &DiskConfig, file: File, block_device: bool) -> Result<(D
 /// The logical and physical block sizes: as configured, or those of the block device; for a file 512 bytes, or what
 /// direct I/O demands, and those of a page.
 fn block_sizes(config: &DiskConfig, file: &File, block_device: bool, direct: Option<Alignment>) -> Result<(u32, u32)> {
-    let name = config.path.display();
+    let name = disk_name(&config.path);
     let (logical, physical) = if block_device {
         let logical = sys::disk::block_bytes(file);
         let sizes = logical.and_then(|logical| Ok((logical, sys::disk::physical_block_bytes(file)?)));
@@ -223,7 +223,7 @@ fn clear_nonblock(file: &File) -> Result<()> {
 
 /// Whether `file` is a block device. Fails if it is no disk.
 fn is_block_device(file: &File, path: &Path) -> Result<bool> {
-    let name = path.display();
+    let name = disk_name(path);
     let kind = file.metadata().with_context(|| format!("open disk {name}"))?.file_type();
     ensure!(!kind.is_dir(), "disk {name} is a directory");
     ensure!(kind.is_block_device() || kind.is_file(), "disk {name} is neither a file nor a block device");
@@ -234,12 +234,12 @@ fn is_block_device(file: &File, path: &Path) -> Result<bool> {
 fn check_is_in_use(file: &File, path: &Path) -> Result<()> {
     // Where it cannot be locked like this, such as for writing on some network file systems, nothing is known.
     let is_free = file.try_lock().is_ok();
-    ensure!(!is_free, "disk {} is not the file that the machine has open: it was replaced", path.display());
+    ensure!(!is_free, "disk {} is not the file that the machine has open: it was replaced", disk_name(path));
     Ok(())
 }
 
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
-    let name = path.display();
+    let name = disk_name(path);
     let started = Instant::now();
     loop {
         match if readonly { file.try_lock_shared() } else { file.try_lock() } {

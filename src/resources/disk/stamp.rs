@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::check_is_in_use;
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, disk_name};
 
 /// A file at some time, such as a disk when its machine was saved. The content of a block device may change without a trace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ pub struct Stamp {
 impl Stamp {
     /// The stamp of the file at `path`.
     pub fn of(path: &Path) -> Result<Stamp> {
-        let found = fs::metadata(path).with_context(|| format!("inspect {}", path.display()))?;
+        let found = fs::metadata(path).with_context(|| format!("inspect {}", disk_name(path)))?;
         Stamp::with(path, &found)
     }
 
@@ -33,7 +33,7 @@ impl Stamp {
             let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
             file.metadata().map(|found| (file, found))
         };
-        let (file, found) = inspect().with_context(|| format!("inspect {}", path.display()))?;
+        let (file, found) = inspect().with_context(|| format!("inspect {}", disk_name(path)))?;
         check_is_in_use(&file, path)?;
         Stamp::with(path, &found)
     }
@@ -60,7 +60,10 @@ pub fn check(disks: &[DiskConfig], stamps: &[Stamp]) -> Result<()> {
     ensure!(found.len() == stamps.len(), "the snapshot is of a machine with other disks");
     for (found, saved) in found.iter().zip(stamps) {
         if found != saved {
-            bail!("disk {} has changed since the snapshot: what the guest knows of it is wrong", saved.path.display());
+            bail!(
+                "disk {} has changed since the snapshot: what the guest knows of it is wrong",
+                disk_name(&saved.path)
+            );
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, disk_name};
 
 /// A file, as a disk or as a backing file of one.
 struct Use<'a> {
@@ -53,7 +53,7 @@ impl<'a> Use<'a> {
 
 impl fmt::Display for Use<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let (path, disk) = (self.path.display(), self.disk.path.display());
+        let (path, disk) = (self.path.display(), disk_name(&self.disk.path));
         if self.is_disk() { write!(f, "disk {disk}") } else { write!(f, "backing file {path} of disk {disk}") }
     }
 }

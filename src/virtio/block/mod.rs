@@ -18,7 +18,7 @@ use crate::backend::disk::{
     Blocking, Completion, DiskBackend, Operation, PlainDisk, Request, SECTOR_BYTES, Shortcuts, UringDisk,
 };
 use crate::backend::rate::{Limiter, RateControl};
-use crate::config::{Aio, Rate};
+use crate::config::{Aio, Rate, disk_name};
 use crate::memory::GuestBuffers;
 use crate::resources::disk::{DiskFile, DiskImage};
 
@@ -104,7 +104,7 @@ impl Counters {
 pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
     let DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, queues, rate } =
         disk;
-    let name = format!("disk {}", path.display());
+    let name = format!("disk {}", disk_name(&path));
     let shape = DiskShape { capacity_bytes, readonly, block_bytes, physical_block_bytes };
     let backends = match image {
         DiskImage::Raw(disk) => (0..queues).map(|_| raw_backend(disk.clone(), aio)).collect::<io::Result<_>>()?,
