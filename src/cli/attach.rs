@@ -1,7 +1,7 @@
 //! `husk attach`: attaches this terminal to a machine in the background.
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{ArgAction, Args};
 
 use super::exit::Exit;
 use crate::request::attach::{self, End, Options};
@@ -36,7 +36,7 @@ pub(super) struct Attach {
 pub(super) struct AttachFlags {
     /// Forward signals to the machine; with false, they end this command and leave the machine running
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    #[arg(default_value = "true", hide_default_value = true)]
+    #[arg(action = ArgAction::Set, default_value = "true", hide_default_value = true)]
     pub(super) sig_proxy: bool,
 
     /// Keys that detach

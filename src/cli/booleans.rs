@@ -124,7 +124,8 @@ mod tests {
             ("container rm --force=true web", "container rm --force web"),
             ("ps -a=true -q=false", "ps -a"),
             ("run --rm=maybe x", "run --rm=maybe x"),
-            ("run --sig-proxy=true --prefault=false x", "run --sig-proxy=true --prefault=false x"),
+            ("run --sig-proxy=false --prefault=false x", "run --sig-proxy=false --prefault=false x"),
+            ("attach --sig-proxy=false web", "attach --sig-proxy=false web"),
             ("frobnicate --x=true", "frobnicate --x=true"),
         ] {
             assert_eq!(without_values(&words(typed)).into_owned(), words(meant), "{typed}");

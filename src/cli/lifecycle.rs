@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-pub use self::launch::{become_stopped, check_restartable, spawn, spawn_detached, spawn_fed, start_stopped};
+pub use self::launch::{
+    become_stopped, check_restartable, run_behind, spawn, spawn_detached, spawn_fed, start_stopped,
+};
 pub use self::restart::RestartPolicy;
 use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;
@@ -39,6 +41,8 @@ const STABLE_AFTER: Duration = Duration::from_secs(10);
 const AGAIN_FLAG: &str = "--again";
 /// Hidden flag: it runs in the foreground, however it was started before.
 const ATTACHED_FLAG: &str = "--attached";
+/// Hidden flag: signals do not end the machine.
+const UNSIGNALED_FLAG: &str = "--unsignaled";
 
 // How a machine runs: its name, whether it is kept, and whether it is restarted.
 #[derive(Debug, Args)]
@@ -84,6 +88,10 @@ pub(super) struct LifecycleArgs {
 
     #[arg(long, hide = true)]
     attached: bool,
+
+    /// Another process stands before this one, and ends by the signals that both get
+    #[arg(long, hide = true)]
+    unsignaled: bool,
 
     /// What becomes of a machine in the foreground.
     #[arg(skip)]
@@ -147,6 +155,7 @@ impl LifecycleArgs {
             in_background: false,
             again: None,
             attached: false,
+            unsignaled: false,
             foreground: Foreground::Goes,
         }
     }
@@ -178,6 +187,11 @@ impl LifecycleArgs {
     /// Whether this process only starts the one that runs the machine in the background.
     pub fn spawns_detached(&self) -> bool {
         self.detach && !self.in_background && !self.attached
+    }
+
+    /// Whether signals are to end the process that the user sees, and leave the machine running: another one has to run it.
+    pub fn needs_front(&self, sig_proxy: bool) -> bool {
+        !sig_proxy && !self.is_detached() && !self.is_again() && !self.unsignaled && !self.only_creates()
     }
 
     /// Whether the machine runs without this process's terminal and input.
@@ -333,7 +347,11 @@ impl LifecycleArgs {
         has_session: bool,
         mut run: impl FnMut(&mut ControlEndpoint, &SignalFd) -> Result<Exit>,
     ) -> Result<Exit> {
-        let signals = supervisor::block_signals(has_session)?;
+        let mut signals = supervisor::block_signals(has_session)?;
+        if self.unsignaled {
+            // The others stay pending.
+            signals = SignalFd::block(&[libc::SIGWINCH]).context("block signals")?;
+        }
         let mut wait = INITIAL_BACKOFF;
         loop {
             let started = Instant::now();

@@ -219,6 +219,9 @@ impl Run {
         }
         let timings = Arc::new(Timings::new(started));
         self.process.mask_values();
+        if self.lifecycle.needs_front(self.docker.sig_proxy) {
+            return lifecycle::run_behind();
+        }
         let mounts = self.mounts.parse()?;
         let inherited = if self.lifecycle.is_again() { Vec::new() } else { self.mounts.inherited()? };
         if let Some(cpus) = self.docker.cpus()? {

@@ -75,7 +75,7 @@ impl Start {
             notify::ready();
             return attach::attach_to(&entry, self.interactive, self.keys);
         }
-        match lifecycle::become_stopped(&entry, self.interactive)? {}
+        lifecycle::become_stopped(&entry, self.interactive, self.keys.sig_proxy)
     }
 }
 

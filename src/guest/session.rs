@@ -15,8 +15,8 @@ use anyhow::{Context, Result};
 use husk_protocol::{Hello, Identity, Overlay, Renewal, Role, Run, ToGuest, ToHost, WindowSize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-pub use super::streams::Endpoints;
 use super::streams::Streams;
+pub use super::streams::{Attached, Endpoints};
 use crate::console::terminal;
 use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::foreign;

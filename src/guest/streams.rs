@@ -25,13 +25,31 @@ const BUFFER_BYTES: usize = 64 << 10;
 const STDIN: u64 = 0;
 const STOP: u64 = 1;
 
+/// Which of this process's standard streams the guest's are connected to. The guest's process has the others as well: its input stays
+/// open, and its output is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attached {
+    /// Standard input.
+    pub stdin: bool,
+    /// Standard output.
+    pub stdout: bool,
+    /// Standard error.
+    pub stderr: bool,
+}
+
+impl Default for Attached {
+    fn default() -> Attached {
+        Attached { stdin: true, stdout: true, stderr: true }
+    }
+}
+
 /// What the guest's streams are connected to.
 #[derive(Debug, Clone)]
 pub enum Endpoints {
     /// This process's standard streams.
-    Stdio,
+    Stdio(Attached),
     /// The same, with a copy of the output in a hub.
-    Logged(Arc<Hub>),
+    Logged(Arc<Hub>, Attached),
     /// A hub for output, and attached clients for input.
     Hub(Arc<Hub>),
 }
@@ -97,7 +115,11 @@ impl Streams {
             Role::Stdin => {
                 socket.set_nonblocking(false).context("set up a stream")?;
                 self.input = Some(socket.try_clone().context("set up a stream")?);
-                if !matches!(self.endpoints, Endpoints::Hub(_)) {
+                let is_attached = match &self.endpoints {
+                    Endpoints::Stdio(attached) | Endpoints::Logged(_, attached) => attached.stdin,
+                    Endpoints::Hub(_) => false,
+                };
+                if is_attached {
                     let stdin = io::stdin().as_fd().try_clone_to_owned().context("use standard input")?;
                     self.start_input(File::from(stdin), socket, true)?;
                 }
@@ -123,18 +145,19 @@ impl Streams {
     }
 
     fn output(&self, stream: Stream) -> io::Result<Box<dyn Write + Send>> {
-        let own = || {
+        let own = |attached: &Attached| -> io::Result<Box<dyn Write + Send>> {
             let own = match stream {
-                Stream::Output => io::stdout().as_fd().try_clone_to_owned(),
-                Stream::Errors => io::stderr().as_fd().try_clone_to_owned(),
+                Stream::Output if attached.stdout => io::stdout().as_fd().try_clone_to_owned(),
+                Stream::Errors if attached.stderr => io::stderr().as_fd().try_clone_to_owned(),
+                Stream::Output | Stream::Errors => return Ok(Box::new(io::sink())),
             };
-            own.map(File::from)
+            Ok(Box::new(File::from(own?)))
         };
-        Ok(match &self.endpoints {
-            Endpoints::Hub(hub) => Box::new(HubStream(hub.clone(), stream)),
-            Endpoints::Logged(hub) => Box::new(Copied(HubStream(hub.clone(), stream), own()?)),
-            Endpoints::Stdio => Box::new(own()?),
-        })
+        match &self.endpoints {
+            Endpoints::Hub(hub) => Ok(Box::new(HubStream(hub.clone(), stream))),
+            Endpoints::Logged(hub, attached) => Ok(Box::new(Copied(HubStream(hub.clone(), stream), own(attached)?))),
+            Endpoints::Stdio(attached) => own(attached),
+        }
     }
 
     fn start_output(&mut self, name: &str, socket: UnixStream, stream: Stream) -> Result<()> {

@@ -164,3 +164,39 @@ fn a_terminal_works_without_input() {
     let text = shell(&guests!(), &["-t"], "tty; stty size; test -t 2 && echo both").expect(0).text();
     assert_eq!(text.replace('\r', ""), "/dev/pts/0\n24 80\nboth\n");
 }
+
+#[test]
+fn only_the_attached_streams_are_printed() {
+    let guests = guests!();
+    let both = "echo out; echo err >&2";
+    let printed = |flags: &[&str]| {
+        let ended = shell(&guests, flags, both);
+        ended.expect(0);
+        (ended.text(), ended.errors)
+    };
+    assert_eq!(printed(&["-a", "stdout"]), ("out\n".into(), String::new()));
+    assert_eq!(printed(&["-a", "STDERR"]), (String::new(), "err\n".into()));
+    assert_eq!(printed(&["-a", "stdout", "-a", "stderr"]), ("out\n".into(), "err\n".into()));
+}
+
+#[test]
+fn without_a_signal_proxy_a_signal_ends_the_client_and_the_machine_goes_on() {
+    let guests = guests!();
+    let script = "trap 'echo signaled' INT TERM; echo up; read line; echo $line; exit 3";
+    let mut husk = husk_run(&guests, &["-i", "--sig-proxy=false", archive(), "sh", "-c", script]);
+    let mut child = husk.stdin(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut up = [0; 3];
+    stdout.read_exact(&mut up).unwrap();
+    // Ctrl-C of a terminal is for all of its processes, a signal for the one that the user sees.
+    let behind = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+    for pid in [child.id().to_string().as_str(), behind.trim()] {
+        assert!(std::process::Command::new("kill").args(["-INT", pid]).status().unwrap().success());
+    }
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(libc::SIGINT));
+    stdin.write_all(b"on\n").unwrap();
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    assert_eq!((up, rest.as_str()), (*b"up\n", "on\n"));
+    shell(&guests, &["--sig-proxy=false"], "exit 7").expect(7);
+}

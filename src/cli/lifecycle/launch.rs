@@ -1,6 +1,5 @@
 //! Starts the process that runs a machine: in the background, or in the place of this one.
 
-use std::convert::Infallible;
 use std::ffi::OsString;
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -9,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{AGAIN_FLAG, ATTACHED_FLAG};
+use super::{AGAIN_FLAG, ATTACHED_FLAG, UNSIGNALED_FLAG};
 use crate::cli::argv::{self, IN_BACKGROUND};
 use crate::cli::exit::Exit;
 use crate::request::attach;
@@ -43,6 +42,25 @@ pub fn spawn_fed() -> Result<Exit> {
     }
 }
 
+/// Runs this command in a process behind this one, with the same streams. A signal ends this process, and the machine goes on.
+pub fn run_behind() -> Result<Exit> {
+    let words = argv::all();
+    let (before, after) = words.split_at(argv::command_index(words)? + 1);
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("husk").args(before).arg(UNSIGNALED_FLAG).args(after);
+    wait_for(command)
+}
+
+/// The exit of a process that runs a machine.
+fn wait_for(mut command: Command) -> Result<Exit> {
+    let status = command.status().context("start husk")?;
+    let number = |number: i32| u8::try_from(number).unwrap_or(u8::MAX);
+    Ok(match status.signal() {
+        Some(signal) => Exit::Signal(number(signal)),
+        None => Exit::Reported(number(status.code().unwrap_or_default())),
+    })
+}
+
 /// Starts a machine in the background with `words`, which say that, and returns its ID; `None` if it has failed and reported why.
 pub fn spawn(command: Command, words: &[OsString]) -> Result<Option<String>> {
     Ok(match launch(command, words, None)? {
@@ -66,15 +84,19 @@ pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
 }
 
 /// Replaces this process by one that starts a stopped machine, with this process's terminal and streams. Without `stdin`, the
-/// machine's process gets nothing from standard input, and no end of it. Returns only if that fails.
-pub fn become_stopped(entry: &MachineEntry, stdin: bool) -> Result<Infallible> {
+/// machine's process gets nothing from standard input, and no end of it. Without `sig_proxy`, this process stays in front of it.
+pub fn become_stopped(entry: &MachineEntry, stdin: bool, sig_proxy: bool) -> Result<Exit> {
     let (mut command, words) = command_of(entry)?;
     if !stdin {
         silence_stdin().context("replace standard input")?;
     }
     let (before, after) = words.split_at(argv::command_index(&words)? + 1);
-    command.arg0("husk").args(before).arg(format!("{AGAIN_FLAG}={}", entry.id)).arg(ATTACHED_FLAG).args(after);
+    command.arg0("husk").args(before).arg(format!("{AGAIN_FLAG}={}", entry.id)).arg(ATTACHED_FLAG);
+    command.args((!sig_proxy).then_some(UNSIGNALED_FLAG)).args(after);
     command.envs(std::env::vars_os().filter(|(name, _)| name == notify::SOCKET));
+    if !sig_proxy {
+        return wait_for(command);
+    }
     Err(command.exec()).context("start husk")
 }
 

@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use crate::cli::cpus::Cpus;
 use crate::cli::time;
+use crate::guest::session::Attached;
 
 // CPU time as a quota, and the grace period of `husk stop`.
 #[derive(Debug, Default, Args)]
@@ -25,9 +26,14 @@ pub(in crate::cli) struct DockerFlags {
     #[arg(long, value_name = "TIME", value_parser = time::duration)]
     pub stop_timeout: Option<std::time::Duration>,
 
-    /// Attach standard input alone: print the machine's ID, leave it in the background, and with -i pass on standard input
+    /// Attach only this stream; can be repeated. With stdin alone, the machine's ID is printed, and it is left in the background
     #[arg(short, long, value_name = "STREAM", value_parser = stream, hide_short_help = true)]
     attach: Vec<String>,
+
+    /// Forward signals to the command; with false, they end this process and leave the machine running
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, default_value = "true", hide_default_value = true, hide_short_help = true)]
+    pub sig_proxy: bool,
 
     #[command(flatten)]
     _satisfied: Satisfied,
@@ -37,6 +43,12 @@ impl DockerFlags {
     /// Whether no output of the machine is attached.
     pub fn attaches_only_input(&self) -> bool {
         !self.attach.is_empty() && self.attach.iter().all(|stream| stream == "stdin")
+    }
+
+    /// The streams that are attached.
+    pub fn attached(&self) -> Attached {
+        let has = |name: &str| self.attach.is_empty() || self.attach.iter().any(|stream| stream == name);
+        Attached { stdin: has("stdin"), stdout: has("stdout"), stderr: has("stderr") }
     }
 
     /// The CPUs that `--cpu-quota` asks for.
@@ -81,7 +93,7 @@ const fn idle(long: &'static str, values: Values) -> Idle {
 const OWN_KERNEL: &str =
     "a machine has a kernel of its own, and shares no namespace with the host or with other machines";
 
-const IDLE: [Idle; 19] = [
+const IDLE: [Idle; 18] = [
     idle("annotation", Values::Any),
     idle("cgroupns", Values::OneOf(&["", "private", "host"], OWN_KERNEL)),
     idle("detach-keys", Values::Any),
@@ -106,10 +118,6 @@ const IDLE: [Idle; 19] = [
     ),
     idle("pid", Values::OneOf(&["", "private"], OWN_KERNEL)),
     idle("privileged", Values::Switch),
-    idle(
-        "sig-proxy",
-        Values::Only(&["true"], "in the foreground husk is the machine: use -d and `husk attach --sig-proxy=false`"),
-    ),
     idle("userns", Values::OneOf(&["", "host", "private"], OWN_KERNEL)),
     idle("uts", Values::OneOf(&["", "private"], OWN_KERNEL)),
     idle("volume-driver", Values::OneOf(&["", "local"], "volumes are folders of this host")),
@@ -146,10 +154,21 @@ impl Idle {
         let arg = if is_switch { arg.num_args(0..=1).require_equals(true) } else { arg.allow_hyphen_values(true) };
         match self.values {
             Values::Any => arg,
-            Values::Switch => arg.default_missing_value("true").value_parser(["true", "false"]),
+            Values::Switch => arg.default_missing_value("true").value_parser(switch),
             Values::OneOf(values, why) => arg.value_parser(one_of(values, why)),
             Values::Only(values, why) => arg.default_missing_value("true").value_parser(one_of(values, why)),
         }
+    }
+}
+
+/// A boolean, as Go's strconv.ParseBool takes it.
+fn switch(text: &str) -> Result<String, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" | "0" | "f" | "F" | "false" | "FALSE" | "False" => {
+            Ok(text.to_owned())
+        }
+        path if path.starts_with('/') => Err(format!("use --os-init {path} to run an init of the image")),
+        _ => Err("use true or false".to_owned()),
     }
 }
 
@@ -327,18 +346,31 @@ mod tests {
         let words =
             ["--init", "--privileged", "--ipc=private", "--pid", "private", "--memory-swap", "-1", "-a", "STDOUT"];
         parsed(&words).unwrap();
-        parsed(&["--init=false", "--sig-proxy=true", "--sig-proxy", "--userns=host", "--detach-keys=ctrl-x"]).unwrap();
+        parsed(&["--init=false", "--init=1", "--sig-proxy", "--userns=host", "--detach-keys=ctrl-x"]).unwrap();
         for (word, reason) in [
             ("--ipc=host", "a kernel of its own"),
             ("--pid=container:x", "a kernel of its own"),
-            ("--sig-proxy=false", "husk attach"),
             ("--oom-kill-disable", "use -m"),
             ("--log-driver=syslog", "husk logs"),
-            ("--init=/sbin/init", "true, false"),
+            ("--init=/sbin/init", "use --os-init /sbin/init"),
+            ("--privileged=maybe", "use true or false"),
         ] {
             let error = parsed(&[word]).unwrap_err();
             assert!(error.contains(reason), "{word}: {error}");
         }
+    }
+
+    #[test]
+    fn only_the_streams_that_are_named_are_attached() {
+        let attached = |words: &[&str]| {
+            let Attached { stdin, stdout, stderr } = parsed(words).unwrap().attached();
+            [stdin, stdout, stderr]
+        };
+        assert_eq!(attached(&[]), [true; 3]);
+        assert_eq!(attached(&["-a", "STDOUT"]), [false, true, false]);
+        assert_eq!(attached(&["-a", "stdin", "--attach=stderr"]), [true, false, true]);
+        let proxies = |words: &[&str]| parsed(words).unwrap().sig_proxy;
+        assert!(proxies(&[]) && proxies(&["--sig-proxy"]) && !proxies(&["--sig-proxy=false"]));
     }
 
     #[test]

@@ -60,12 +60,15 @@ impl Run {
         let (source, start) = match warm {
             Some(Snapshot { description, files, .. }) => {
                 let (overlay, run) = spec.begin(&description.config.networks)?;
-                (Source::Snapshot(files), Start::Begin(overlay, run))
+                (Source::Snapshot(files), Start::Begin(overlay, run, self.docker.attached()))
             }
             None => {
                 let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
                 let (stdin, terminal) = (spec.wants_stdin(), spec.on_terminal());
-                (machine::boot_source(kernel, initramfs)?, Start::Boot { stdin, terminal })
+                (
+                    machine::boot_source(kernel, initramfs)?,
+                    Start::Boot { stdin, terminal, attached: self.docker.attached() },
+                )
             }
         };
         resources::host::warn_of_pvm();

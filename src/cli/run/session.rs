@@ -11,7 +11,7 @@ use crate::cli::exit::Exit;
 use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
-use crate::guest::session::{Change, Endpoints, Session};
+use crate::guest::session::{Attached, Change, Endpoints, Session};
 use crate::resources::{Outside, Resources};
 use crate::snapshot::Received;
 use crate::state_dir;
@@ -30,6 +30,8 @@ pub enum Start {
         stdin: bool,
         /// Whether it has a terminal.
         terminal: bool,
+        /// The streams of this process that it gets.
+        attached: Attached,
     },
     /// The same in a container, where it waits until it is told to go.
     Contained {
@@ -38,8 +40,8 @@ pub enum Start {
         /// Whether it has a terminal.
         terminal: bool,
     },
-    /// It waits for this one, with this writable layer.
-    Begin(Overlay, Box<Run>),
+    /// It waits for this one, with this writable layer, which gets these streams of this process.
+    Begin(Overlay, Box<Run>, Attached),
     /// It had it when the machine was saved.
     Resume {
         /// What had arrived of its outputs.
@@ -79,16 +81,20 @@ pub fn run(
     // Left behind by a failed run.
     let _ = std::fs::remove_file(&service);
     let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
+    let attached = match &start {
+        Start::Boot { attached, .. } | Start::Begin(_, _, attached) => *attached,
+        Start::Contained { .. } | Start::Resume { .. } | Start::Wait(_) => Attached::default(),
+    };
     let endpoints = match endpoint.hub().cloned() {
         Some(hub) if endpoint.is_detached() => Endpoints::Hub(hub),
-        Some(hub) => Endpoints::Logged(hub),
-        None => Endpoints::Stdio,
+        Some(hub) => Endpoints::Logged(hub, attached),
+        None => Endpoints::Stdio(attached),
     };
     let (stdin, terminal) = match &start {
-        Start::Boot { stdin, terminal }
+        Start::Boot { stdin, terminal, .. }
         | Start::Contained { stdin, terminal }
         | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
-        Start::Begin(_, run) => (run.process.stdin, run.process.terminal.is_some()),
+        Start::Begin(_, run, _) => (run.process.stdin, run.process.terminal.is_some()),
         Start::Wait(_) => (false, false),
     };
     let timings = timings.clone();
@@ -102,13 +108,13 @@ pub fn run(
         Start::Resume { received, change, .. } => {
             (Session::resumed(listener, *received, terminal, change.clone(), endpoints, timings.clone())?, None)
         }
-        Start::Begin(overlay, run) => {
+        Start::Begin(overlay, run, _) => {
             (Session::beginning(listener, overlay.clone(), run.clone(), endpoints, timings.clone())?, None)
         }
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
     };
     // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.
-    let takes_keys = terminal && stdin;
+    let takes_keys = terminal && stdin && attached.stdin;
     // In the background standard error is a file, which a guest must not fill: `husk logs --kernel` shows its
     // messages.
     let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();

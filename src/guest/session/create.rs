@@ -9,7 +9,7 @@ use husk_protocol::{MAIN_SESSION, Overlay, Renewal, Role, Run, ToGuest};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::control::ControlConnection;
-use super::{Change, Endpoints, Session, Streams};
+use super::{Attached, Change, Endpoints, Session, Streams};
 use crate::snapshot::Received;
 use crate::timings::Timings;
 
@@ -51,7 +51,8 @@ impl Session {
     ///
     /// [`GuestSpec::waiting_initramfs`]: crate::guest::GuestSpec::waiting_initramfs
     pub fn waiting(listener: UnixListener, timings: Arc<Timings>) -> Result<Session> {
-        let mut session = Session::without_connections(MAIN_SESSION, false, false, Endpoints::Stdio, timings)?;
+        let mut session =
+            Session::without_connections(MAIN_SESSION, false, false, Endpoints::Stdio(Attached::default()), timings)?;
         session.expected.clear();
         session.is_to_wait = true;
         session.listening(listener)
@@ -92,7 +93,8 @@ impl Session {
         timings: Arc<Timings>,
     ) -> Result<Session> {
         let stdin = streams.iter().any(|(role, _)| *role == Role::Stdin);
-        let mut session = Session::without_connections(id, stdin, on_terminal, Endpoints::Stdio, timings)?;
+        let mut session =
+            Session::without_connections(id, stdin, on_terminal, Endpoints::Stdio(Attached::default()), timings)?;
         control.set_nonblocking(true).context("set up the session")?;
         session.watch(control.as_raw_fd(), EventSet::IN)?;
         session.control = Some(ControlConnection::new(control));

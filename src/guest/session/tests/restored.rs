@@ -159,7 +159,8 @@ fn a_run_that_no_message_can_hold_is_refused() {
     let listener = UnixListener::bind(dir.path().join("vsock_1024")).unwrap();
     let timings = Arc::new(Timings::new(Instant::now()));
     let run = Run { process, ..Run::default() };
-    let session = Session::beginning(listener, Overlay::Memory, Box::new(run), Endpoints::Stdio, timings);
+    let session =
+        Session::beginning(listener, Overlay::Memory, Box::new(run), Endpoints::Stdio(Attached::default()), timings);
     let error = format!("{:#}", session.err().unwrap());
     assert!(error.starts_with("the command is too long: "), "{error}");
 }
