@@ -79,6 +79,16 @@ impl Default for Access {
     }
 }
 
+impl Access {
+    fn check(self) -> Result<()> {
+        ensure!(
+            !self.owned || !self.readonly,
+            "U gives the files to another user, which ro forbids: remove one of them"
+        );
+        Ok(())
+    }
+}
+
 impl MountFlags {
     /// Takes out what is meant as `--verbose` and was parsed as a volume, which it cannot be: `-vv` and `-vvv`. Returns how often.
     pub fn take_verbosity(&mut self) -> u8 {
@@ -174,6 +184,7 @@ fn parse_volume(word: &OsString) -> Result<Mount> {
             },
         }
     }
+    access.check()?;
     bind_or_volume(source, target, access, true)
 }
 
@@ -232,6 +243,7 @@ fn parse_mount(word: &OsString) -> Result<Mount> {
     }
     let target = target.context("no target: use target=PATH")?;
     check_target(target)?;
+    access.check()?;
     match (kind, source) {
         (b"bind", source) => {
             // A relative path is one here, without any dot.

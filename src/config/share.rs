@@ -21,6 +21,9 @@ pub struct ShareConfig {
     /// Whether the guest can change nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub readonly: bool,
+    /// Whether a read-only folder, if it is empty, gets what the image has in its place before anything else runs in the guest.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fills: bool,
     /// What the guest's kernel keeps in its memory.
     #[serde(default, skip_serializing_if = "ShareCache::is_default")]
     pub cache: ShareCache,
@@ -68,7 +71,8 @@ impl ShareCache {
 impl ShareConfig {
     /// A writable share with the default cache.
     pub fn of(path: PathBuf, tag: String) -> ShareConfig {
-        ShareConfig { path, tag, readonly: false, cache: ShareCache::default(), follows_mounts: false }
+        let cache = ShareCache::default();
+        ShareConfig { path, tag, readonly: false, fills: false, cache, follows_mounts: false }
     }
 
     /// Checks the share against the `earlier` ones.

@@ -39,7 +39,7 @@ impl Worker {
             return Err(Errno::NXIO);
         }
         let flags = open_flags(flags);
-        if self.server.options.readonly && flags.intersects(OFlags::ACCMODE | OFlags::TRUNC) {
+        if self.server.is_readonly() && flags.intersects(OFlags::ACCMODE | OFlags::TRUNC) {
             return Err(Errno::ROFS);
         }
         self.without_privilege(fuse_flags & OPEN_KILL_SUIDGID != 0, || self.open_inode(inode, flags))

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags, open};
 
 use super::link::{Ends, Link, Message};
 use super::worker::Worker;
-use super::{Cache, Options, Server, saved};
+use super::{Options, Server, saved};
 use crate::sandbox;
 
 /// A server on a thread, and its guest.
@@ -50,6 +50,6 @@ pub fn restore(dir: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 
 fn server(dir: &Path) -> io::Result<(Server, OwnedFd)> {
     let as_path = |path: &Path| open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-    let options = Options { readonly: false, cache: Cache::Auto };
+    let options = Options::default();
     Ok((Server::new(as_path(dir)?, options, false, 512)?, as_path(Path::new("/proc/self/fd"))?))
 }

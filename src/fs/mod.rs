@@ -25,7 +25,7 @@ mod worker;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
@@ -71,10 +71,12 @@ impl Cache {
 }
 
 /// How a folder is served.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
     /// Whether the guest can change nothing.
     pub readonly: bool,
+    /// Whether that begins only when the folder is [sealed](Server::seal): it is empty, and gets what it is to contain.
+    pub fills: bool,
     /// What the guest's kernel keeps.
     pub cache: Cache,
 }
@@ -84,6 +86,10 @@ struct Server {
     inodes: Inodes,
     handles: Handles,
     options: Options,
+    /// Whether a kernel has mounted the folder.
+    was_mounted: AtomicBool,
+    /// Whether nothing can be changed any more.
+    is_sealed: AtomicBool,
     /// Whether it has [`CAPABILITIES`].
     is_privileged: bool,
     /// The number of requests in progress.
@@ -98,7 +104,18 @@ impl Server {
         let handles_max = (files_max / 4).min(HANDLES_MAX);
         let inodes = Inodes::new(Inode::new(root, &stat), (files_max - handles_max).min(INODES_MAX));
         let (handles, busy) = (Handles::new(handles_max), AtomicUsize::new(0));
-        Ok(Server { inodes, handles, options, is_privileged, busy })
+        let (was_mounted, is_sealed) = (AtomicBool::new(false), AtomicBool::new(options.readonly && !options.fills));
+        Ok(Server { inodes, handles, options, was_mounted, is_sealed, is_privileged, busy })
+    }
+
+    /// Whether the guest can change nothing.
+    fn is_readonly(&self) -> bool {
+        self.is_sealed.load(Ordering::Acquire)
+    }
+
+    /// Ends the time in which a read-only folder gets its content. There is no way back.
+    fn seal(&self) {
+        self.is_sealed.fetch_or(self.options.readonly, Ordering::AcqRel);
     }
 
     /// Forgets all that the guest's kernel knows and has opened.
@@ -119,6 +136,10 @@ impl Worker {
             return Err(Errno::PROTO);
         }
         self.server.clear();
+        // Who mounts it again has filled it.
+        if self.server.was_mounted.swap(true, Ordering::AcqRel) {
+            self.server.seal();
+        }
         let used = offered & self.features();
         const PAGE_BYTES: usize = 4096;
         let mut body = Body::default();

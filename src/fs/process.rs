@@ -35,6 +35,9 @@ const FAILED: u8 = b'!';
 
 /// The most that is saved of what a guest knows.
 pub const KNOWN_BYTES_MAX: u64 = 64 << 20;
+/// The orders of a supervisor: to save what the guest knows, and to let it change nothing any more.
+const SAVE: u8 = 0;
+const SEAL: u8 = 1;
 /// How long a server may take to save that. It makes some system calls for each file that the guest knows.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -346,10 +349,14 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// Saves what the guest knows whenever that is ordered, until the supervisor is gone.
+    /// Does what is ordered, until the supervisor is gone.
     fn run(&self) -> ! {
         let mut order = [0];
         while self.orders.socket.recv(&mut order).is_ok_and(|len| len > 0) {
+            if order == [SEAL] {
+                self.server.seal();
+                continue;
+            }
             let saved = saved::save(&self.server, self.shared, &*self.descriptors);
             let result = saved.and_then(|known| self.orders.put(&known));
             let text = result.err().map_or_else(|| "\n".to_owned(), |error| failure(&error));
@@ -379,7 +386,7 @@ impl Process {
         // One that came too late for an earlier order.
         while socket::receive_now(socket, &mut reply).is_ok_and(|len| len > 0) {}
         socket.set_read_timeout(Some(SAVE_TIMEOUT))?;
-        socket::send_now(socket, &[0])?;
+        socket::send_now(socket, &[SAVE])?;
         match socket.recv(&mut reply).map(|len| reply.get(..len).unwrap_or_default()) {
             Ok([]) => bail!("its process has ended"),
             Ok([FAILED, why @ ..]) => bail!("{}", String::from_utf8_lossy(why)),
@@ -389,6 +396,12 @@ impl Process {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Lets the guest change nothing any more, if the folder is read-only: it is filled, or nothing fills it.
+    pub fn seal(&self) {
+        // One that has ended changes nothing either.
+        let _ = socket::send_now(&self.orders.socket, &[SEAL]);
     }
 
     /// The ID of the process.

@@ -63,7 +63,7 @@ fn an_entry_tells_the_files_attributes() {
 #[test]
 fn only_a_guest_that_keeps_everything_remembers_what_is_absent() {
     for (cache, seconds) in [(Cache::Auto, None), (Cache::Never, None), (Cache::Always, Some(86_400_u64))] {
-        let mut guest = Client::with(Options { readonly: false, cache }, 4096);
+        let mut guest = Client::with(Options { cache, ..Options::default() }, 4096);
         let told = guest.call(opcode::LOOKUP, ROOT_ID, b"none\0");
         let absent = |seconds: u64| [client::fields64(&[0, 0, seconds]), vec![0; 104]].concat();
         assert_eq!(told, seconds.map(absent).ok_or(libc::ENOENT), "{cache:?}");
@@ -121,7 +121,7 @@ fn a_whole_request_of_data_is_read_and_written() {
 
 #[test]
 fn folders_are_read_in_parts_without_loss_or_repetition() {
-    let mut guest = Client::with(Options { readonly: false, cache: Cache::Auto }, 20_000);
+    let mut guest = Client::with(Options::default(), 20_000);
     let mut wanted: Vec<String> = (0..3000).map(|at| format!("a file with a name of some length {at}")).collect();
     wanted.iter().for_each(|name| fs::write(guest.at(name), b"").unwrap());
     wanted.extend([".".into(), "..".into()]);
@@ -170,7 +170,7 @@ fn extended_attributes_of_users_are_kept_and_those_of_the_host_are_hidden() {
 
 #[test]
 fn a_readonly_folder_is_not_changed() {
-    let mut guest = Client::with(Options { readonly: true, cache: Cache::Auto }, 4096);
+    let mut guest = Client::with(Options { readonly: true, ..Options::default() }, 4096);
     fs::write(guest.at("f"), b"data").unwrap();
     let file = guest.look_up(ROOT_ID, "f").unwrap();
     for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_TRUNC] {
@@ -185,6 +185,33 @@ fn a_readonly_folder_is_not_changed() {
     assert_eq!(guest.rename(ROOT_ID, "f", ROOT_ID, "g", RenameFlags::empty()), Err(libc::EROFS));
     assert_eq!(guest.set_attributes(file.id, set::SIZE, 0, (0, 0), 0), Err(libc::EROFS));
     assert_eq!(guest.set_xattr(file.id, "user.a", b"v"), Err(libc::EROFS));
+}
+
+#[test]
+fn a_readonly_folder_that_is_to_be_filled_is_changed_until_it_is_mounted_again() {
+    let filled = Options { readonly: true, fills: true, ..Options::default() };
+    let starts: [fn(&mut Client); 3] = [
+        |guest| drop(guest.init(feature::INIT_EXT).unwrap()),
+        |guest| drop(guest.call(opcode::DESTROY, 0, &[]).unwrap()),
+        |guest| guest.server.as_ref().unwrap().seal(),
+    ];
+    for end in starts {
+        let mut guest = Client::with(filled, 4096);
+        guest.init(feature::INIT_EXT).unwrap();
+        let (file, handle) = guest.create(ROOT_ID, "f", RW, 0o600).unwrap();
+        assert_eq!(guest.write(file.id, handle, 0, b"data", 0), Ok(4));
+        end(&mut guest);
+        assert_eq!(guest.write(file.id, handle, 0, b"DATA", 0), Err(libc::EROFS), "a handle from before");
+        let file = guest.look_up(ROOT_ID, "f").unwrap();
+        assert_eq!(guest.open(file.id, RW), Err(libc::EROFS));
+        assert_eq!(guest.call(opcode::UNLINK, ROOT_ID, b"f\0"), Err(libc::EROFS));
+        assert_eq!(fs::read(guest.at("f")).unwrap(), b"data");
+    }
+    // A folder that the guest may change stays so.
+    let mut guest = Client::new();
+    (0..2).for_each(|_| drop(guest.init(feature::INIT_EXT).unwrap()));
+    guest.server.as_ref().unwrap().seal();
+    guest.create(ROOT_ID, "f", RW, 0o600).unwrap();
 }
 
 #[test]

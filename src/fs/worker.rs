@@ -135,13 +135,14 @@ impl Worker {
     }
 
     fn perform(&self, call: Call<'_>) -> Result<Reply, Errno> {
-        if self.server.options.readonly && changes_something(call.header.opcode) {
+        if self.server.is_readonly() && changes_something(call.header.opcode) {
             return Err(Errno::ROFS);
         }
         match call.header.opcode {
             opcode::INIT => self.init(call),
             opcode::DESTROY => {
                 self.server.clear();
+                self.server.seal();
                 Ok(Reply::done())
             }
             opcode::INTERRUPT => Ok(Reply::Nothing),

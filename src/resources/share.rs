@@ -1,6 +1,6 @@
 //! Folders that a machine shares: opens each, and starts the process that serves it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
 
@@ -37,15 +37,18 @@ pub struct Opening {
 /// Opens what `config` names, and starts its server, confined if the machine `is_confined`. `known` is what the guest of a machine
 /// that is restored knows of it, and `files_max` the server's share of [`process::FILES_MAX`].
 pub fn open(config: &ShareConfig, known: Option<File>, files_max: u64, is_confined: bool) -> Result<Opening> {
-    let ShareConfig { path, tag, readonly, cache, follows_mounts } = config;
+    let ShareConfig { path, tag, readonly, fills, cache, follows_mounts } = config;
     let what = || format!("share {}", path.display());
     let path = path.canonicalize().with_context(what)?;
     let file = folder::open_path(&path).with_context(what)?;
     let kind = file.metadata().with_context(what)?.file_type();
     ensure!(kind.is_dir() || kind.is_file(), "{}: only folders and regular files can be shared", what());
     let file_name = kind.is_file().then_some(SHARED_FILE);
-    let folder = Folder { path, fd: file.into(), file_name, readonly: *readonly, follows_mounts: *follows_mounts };
-    let options = Options { readonly: *readonly, cache: *cache };
+    // Not again in a machine that is restarted or restored.
+    let fills = *fills && known.is_none() && fs::read_dir(&path).with_context(what)?.next().is_none();
+    let is_sealed = *readonly && !fills;
+    let folder = Folder { path, fd: file.into(), file_name, readonly: is_sealed, follows_mounts: *follows_mounts };
+    let options = Options { readonly: *readonly, fills, cache: *cache };
     let known = known.map(|file| read_known(&file)).transpose().with_context(what)?;
     let server = process::start(folder, options, files_max, is_confined, known.as_deref()).with_context(what)?;
     Ok(Opening { tag: tag.clone(), server })

@@ -20,6 +20,7 @@ use crate::console::keys::{self, Command};
 use crate::console::log::Log;
 use crate::console::terminal::{self, RawTerminal};
 use crate::exit_latch::ExitReason;
+use crate::fs::process::Process;
 use crate::guest::session::Session;
 use crate::guest::signal;
 use crate::monitor::Monitor;
@@ -151,6 +152,8 @@ pub(super) struct Supervisor<'a> {
     pub(super) bases: Vec<String>,
     /// Checks the health of the machine, once it is running.
     pub(super) prober: Option<Prober>,
+    /// Whether read-only folders may still be filled.
+    is_filling: bool,
     /// Whether the machine's network links are down until it differs from the one that was saved.
     is_unplugged: bool,
 }
@@ -199,6 +202,7 @@ impl<'a> Supervisor<'a> {
             snapshot: None,
             bases,
             prober: None,
+            is_filling: true,
             is_unplugged,
         })
     }
@@ -292,6 +296,10 @@ impl<'a> Supervisor<'a> {
         let is_double = self.session.as_ref().is_some_and(|session| session.is_double());
         if !is_double && std::mem::take(&mut self.is_unplugged) {
             self.monitor.set_links(true)?;
+        }
+        if std::mem::take(&mut self.is_filling) {
+            // Init has said that it has filled those that are to be.
+            self.monitor.outside().servers().iter().for_each(Process::seal);
         }
         self.endpoint.note_running()?;
         self.start_prober()

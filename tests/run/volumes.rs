@@ -103,6 +103,28 @@ fn a_volume_hides_part_of_a_folder_and_can_be_given_to_a_user(house: &House) {
     assert_eq!(house.volumes(), ["tests-srv"]);
 }
 
+#[test]
+fn a_readonly_volume_begins_with_the_images_content() {
+    let house = House { guests: guests::guests!(), runtime: tempfile::tempdir().unwrap(), volume: "tests-ro" };
+    let script = "ls /srv; touch /srv/x; mount -o remount,rw /srv && touch /srv/x
+        cd /; umount /srv; mount -t virtiofs husk0 /srv && touch /srv/x; ls /srv";
+    for _ in 0..2 {
+        let ended = house.run(&["--rm", "-v", "tests-ro:/srv:ro"], script);
+        assert_eq!(ended.text(), "not-a-program\nnot-a-program\n", "{}", ended.errors);
+        assert_eq!(ended.errors.matches("Read-only file system").count(), 3, "{}", ended.errors);
+    }
+    assert_eq!(house.run(&["--rm", "-v", "tests-ro:/srv"], "touch /srv/x; ls /srv").text(), "not-a-program\nx\n");
+    // Also an anonymous one, of a machine that stays.
+    house.run(&["--name", "one", "--mount", "type=volume,target=/srv,readonly"], script).expect(0);
+    assert_eq!(house.husk(&["logs", "one"]).text(), "not-a-program\nnot-a-program\n");
+    house.husk(&["volume", "rm", "tests-ro"]).expect(0);
+    // With nothing to copy.
+    assert_eq!(
+        house.run(&["--rm", "-v", "tests-ro:/srv:ro,nocopy"], "ls /srv; touch /srv/x || echo no").text(),
+        "no\n"
+    );
+}
+
 /// The numbers in a file, one per line, without an incomplete last one.
 fn numbers(path: &std::path::Path) -> Vec<u32> {
     let text = fs::read_to_string(path).unwrap_or_default();

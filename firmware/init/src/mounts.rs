@@ -68,8 +68,13 @@ fn stage(mount: &Mount, stage: &str, is_root_readonly: bool) -> Result<Option<St
     match mount {
         Mount::Share(share) if share.copies => {
             make_dir(stage)?;
-            mount_folder(share, Path::new(stage))?;
+            mount_folder(share, Path::new(stage), MsFlags::empty())?;
             content::fill(Path::new(stage), &path)?;
+            if share.readonly {
+                // The host lets nobody write to it after that.
+                umount2(stage, MntFlags::empty()).context(format_args!("unmount {stage}"))?;
+                mount_folder(share, Path::new(stage), readonly(share))?;
+            }
         }
         Mount::Volume(_) => {
             make_dir(&path)?;
@@ -100,17 +105,17 @@ fn mount_call(from: &Path, to: &Path, flags: MsFlags) -> Result<(), Failure> {
 fn mount_share(share: &Share, path: &Path) -> Result<(), Failure> {
     let Some(file) = &share.file else {
         make_dir(path)?;
-        return mount_folder(share, path);
+        return mount_folder(share, path, readonly(share));
     };
     make_dir(STAGE)?;
-    mount_folder(share, Path::new(STAGE))?;
+    mount_folder(share, Path::new(STAGE), readonly(share))?;
     let bound = bind_file(&Path::new(STAGE).join(file), path, readonly(share));
     let _ = umount2(STAGE, MntFlags::MNT_DETACH).map(|()| remove_dir(STAGE));
     bound
 }
 
-fn mount_folder(share: &Share, at: &Path) -> Result<(), Failure> {
-    let mounted = mount(Some(share.tag.as_str()), at, Some("virtiofs"), readonly(share), NONE);
+fn mount_folder(share: &Share, at: &Path, flags: MsFlags) -> Result<(), Failure> {
+    let mounted = mount(Some(share.tag.as_str()), at, Some("virtiofs"), flags, NONE);
     mounted.context(format_args!("mount a folder of the host on {}", OsStr::from_bytes(&share.path).display()))
 }
 

@@ -183,7 +183,8 @@ pub(in crate::cli) fn open(
         };
         let is_file = fs::metadata(&path).with_context(|| format!("share {}", path.display()))?.is_file();
         let mut share = Share::new(mounted.shares.len(), path, is_file, target, access.readonly);
-        share.mount.copies = is_new && access.copies && !access.readonly;
+        share.mount.copies = is_new && access.copies;
+        share.config.fills = share.mount.copies && access.readonly;
         share.mount.owned = access.owned;
         share.config.cache = access.cache;
         mounted.shares.push(share);

@@ -36,6 +36,7 @@ fn a_volume_is_a_source_a_path_and_options() {
         (":/b", "no source"),
         ("/a:/b:rx", "unknown option"),
         ("/a:/b:cache=some", "unknown cache mode"),
+        ("/a:/b:ro,U", "remove one of them"),
         ("/a:/b:ro:x", "too many colons"),
         ("a b:/c", "volume name"),
         ("a/b:/c", "volume name"),

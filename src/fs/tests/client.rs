@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags, RenameFlags, open};
 use super::super::link::{Ends, Link, Message};
 use super::super::wire::{ENTRY_BYTES, Fields, IN_HEADER_BYTES, opcode};
 use super::super::worker::Worker;
-use super::super::{Cache, Options, Server};
+use super::super::{Options, Server};
 
 /// A guest of a server, which is a thread here.
 pub struct Client {
@@ -33,7 +33,7 @@ pub struct Entry {
 
 impl Client {
     pub fn new() -> Client {
-        Client::with(Options { readonly: false, cache: Cache::Auto }, 4096)
+        Client::with(Options::default(), 4096)
     }
 
     /// A guest of a server with `files_max` descriptors.

@@ -7,7 +7,7 @@ use rustix::fs::RenameFlags;
 
 use super::super::process::{self, FILES_MAX, Process};
 use super::super::wire::{ROOT_ID, opcode};
-use super::super::{Cache, Options};
+use super::super::Options;
 use super::RW;
 use super::client::Client;
 use crate::config::SHARED_FILE;
@@ -17,7 +17,7 @@ fn serve(dir: tempfile::TempDir, file: Option<&str>) -> (Client, Process) {
     let path = file.map_or(dir.path().to_owned(), |name| dir.path().join(name)).canonicalize().unwrap();
     let fd = folder::open_path(&path).unwrap().into();
     let folder = Folder { path, fd, file_name: file.map(|_| SHARED_FILE), readonly: false, follows_mounts: false };
-    let options = Options { readonly: false, cache: Cache::Auto };
+    let options = Options::default();
     let (ends, process) = process::start(folder, options, FILES_MAX, true, None).unwrap().finish().unwrap();
     (Client::of(dir, ends.connect().unwrap()), process)
 }
@@ -130,7 +130,7 @@ fn a_readonly_folder_is_readonly_to_the_process_itself() {
     let folder =
         Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: true, follows_mounts: false };
     // As if a guest had made the server forget about it.
-    let options = Options { readonly: false, cache: Cache::Auto };
+    let options = Options::default();
     let (ends, _process) = process::start(folder, options, FILES_MAX, true, None).unwrap().finish().unwrap();
     let mut guest = Client::of(dir, ends.connect().unwrap());
     let file = guest.look_up(ROOT_ID, "f").unwrap();
@@ -154,7 +154,7 @@ fn a_server_has_no_more_descriptors_than_its_part_of_the_machines() {
         readonly: false,
         follows_mounts: false,
     };
-    let options = Options { readonly: false, cache: Cache::Auto };
+    let options = Options::default();
     let (ends, process) = process::start(folder, options, 264, true, None).unwrap().finish().unwrap();
     let limits = fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::RenameFlags;
 
 use super::super::wire::{ROOT_ID, opcode};
-use super::super::{Cache, Options};
+use super::super::Options;
 use super::RW;
 use super::client::{Client, c_string, fields32, fields64};
 
@@ -115,7 +115,7 @@ fn forged_numbers_name_nothing() {
 
 #[test]
 fn lookups_and_handles_without_end_end_at_the_limits() {
-    let mut guest = Client::with(Options { readonly: false, cache: Cache::Auto }, 264);
+    let mut guest = Client::with(Options::default(), 264);
     (0..300).for_each(|at| fs::write(guest.at(&at.to_string()), b"").unwrap());
     let mut entries: Vec<_> = (0..300).filter_map(|at| guest.look_up(ROOT_ID, &at.to_string()).ok()).collect();
     assert_eq!(entries.len(), 150);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::super::process::{self, FILES_MAX, Process};
 use super::super::wire::{ROOT_ID, opcode};
-use super::super::{Cache, Options};
+use super::super::Options;
 use super::RW;
 use super::client::{Client, fields64};
 use crate::config::SHARED_FILE;
@@ -15,7 +15,7 @@ fn try_serve(path: &Path, known: Option<&[u8]>) -> anyhow::Result<(Client, Proce
     let path = path.canonicalize().unwrap();
     let fd = folder::open_path(&path).unwrap().into();
     let file_name = path.is_file().then_some(SHARED_FILE);
-    let options = Options { readonly: false, cache: Cache::Auto };
+    let options = Options::default();
     let (ends, process) = process::start(
         Folder { path, fd, file_name, readonly: false, follows_mounts: false },
         options,
