@@ -119,9 +119,10 @@ pub(super) struct Boot {
     /// Share a folder or a file of the host, which the guest mounts: `mount -t virtiofs TAG DIR`; can be repeated
     ///
     /// `ro` lets the guest change nothing. `cache=auto`, the default, has the guest see changes by the host after a
-    /// second; `cache=always` is faster, for a folder that only the guest changes; `cache=never` sees each at once. The
+    /// second; `cache=always` is faster, for a folder that only the guest changes; `cache=never` sees each at once. With
+    /// `cache=writeback`, what the guest writes reaches the host later, at the latest when the file is closed. The
     /// path ends at the last colon. A file is in a folder of its own, named `file`.
-    #[arg(long = "share", value_name = "PATH:TAG[,ro][,cache=auto|always|never]")]
+    #[arg(long = "share", value_name = "PATH:TAG[,ro][,cache=auto|always|never|writeback]")]
     #[arg(value_parser = PathBufValueParser::new().try_map(share))]
     shares: Vec<ShareConfig>,
 
@@ -298,7 +299,7 @@ fn share(argument: PathBuf) -> Result<ShareConfig, String> {
         match option.split_once('=') {
             None if option == "ro" => share.readonly = true,
             Some(("cache", mode)) => share.cache = mode.parse()?,
-            _ => return Err(format!("unknown option {option:?}: use ro, or cache=auto, always or never")),
+            _ => return Err(format!("unknown option {option:?}: use ro, or cache=auto, always, never or writeback")),
         }
     }
     Ok(share)

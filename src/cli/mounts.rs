@@ -24,7 +24,8 @@ pub(super) struct MountFlags {
     /// unless `:nocopy` is added. PATH alone is an anonymous volume. With `:U`, all in it becomes the user's who runs the
     /// command. Users of the machine are users of the host, if husk runs as root; otherwise root of the machine is you.
     /// `:cache=always` is faster, for a folder that only this machine changes; with `:cache=never` the machine sees each change
-    /// by the host at once, and with `auto`, the default, after a second.
+    /// by the host at once, and with `auto`, the default, after a second. `:cache=writeback` is `always`, and what the machine
+    /// writes reaches the host later, at the latest when the file is closed.
     #[arg(short, long, value_name = "[SOURCE:]PATH[:OPTIONS]")]
     volume: Vec<OsString>,
 

@@ -40,13 +40,15 @@ pub const SHARED_FILE: &str = "file";
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ShareCache {
-    /// Names and attributes for a second, and data until the file is opened again or has changed.
+    /// Names and attributes for a second, and data until the file has changed.
     #[default]
     Auto,
     /// Everything, as long as it likes: for a folder that only this guest changes.
     Always,
     /// Nothing.
     Never,
+    /// Everything as well, and for some time also what it has written.
+    Writeback,
 }
 
 impl FromStr for ShareCache {
@@ -57,7 +59,8 @@ impl FromStr for ShareCache {
             "auto" => Ok(ShareCache::Auto),
             "always" => Ok(ShareCache::Always),
             "never" => Ok(ShareCache::Never),
-            _ => Err(format!("unknown cache mode {text:?}: use auto, always or never")),
+            "writeback" => Ok(ShareCache::Writeback),
+            _ => Err(format!("unknown cache mode {text:?}: use auto, always, never or writeback")),
         }
     }
 }

@@ -9,6 +9,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::Cache;
 use super::handles::Handle;
 use super::inodes::Inode;
 use super::link::DATA_BYTES_MAX;
@@ -29,7 +30,11 @@ impl Worker {
         let inode = self.server.inodes.get(call.header.node)?;
         let file = self.open_known(&inode, flags, fuse_flags)?;
         let mut body = Body::default();
-        body.open(self.keep(file, flags)?, self.server.options.cache.open_flags());
+        let cache = self.server.options.cache;
+        // What the guest's kernel has of a file is otherwise dropped when it is opened.
+        let is_unchanged = cache == Cache::Auto && inode.is_as_last_opened(&attributes(&file)?);
+        let kept = if is_unchanged { open_flag::KEEP_CACHE } else { 0 };
+        body.open(self.keep(file, flags)?, cache.open_flags() | kept);
         Ok(Reply::Body(body.0))
     }
 
@@ -38,11 +43,19 @@ impl Worker {
         if inode.kind != FileType::RegularFile {
             return Err(Errno::NXIO);
         }
-        let flags = open_flags(flags);
+        let (wanted, flags) = (host_flags(flags), self.open_flags(flags));
         if self.server.is_readonly() && flags.intersects(OFlags::ACCMODE | OFlags::TRUNC) {
             return Err(Errno::ROFS);
         }
-        self.without_privilege(fuse_flags & OPEN_KILL_SUIDGID != 0, || self.open_inode(inode, flags))
+        self.without_privilege(fuse_flags & OPEN_KILL_SUIDGID != 0, || match self.open_inode(inode, flags) {
+            // Only the owner of the host's file may do so much.
+            Err(Errno::ACCESS) if wanted != flags => self.open_inode(inode, wanted),
+            opened => opened,
+        })
+    }
+
+    fn open_flags(&self, guests: u32) -> OFlags {
+        self.server.options.access(host_flags(guests))
     }
 
     fn keep(&self, file: File, flags: u32) -> Result<u64, Errno> {
@@ -54,7 +67,7 @@ impl Worker {
         let (flags, mode, mask, fuse_flags) = creation(&mut call.fields)?;
         let name = call.fields.name()?;
         let folder = self.server.inodes.get(call.header.node)?;
-        let wanted = open_flags(flags) | OFlags::CREATE | OFlags::EXCL;
+        let wanted = self.open_flags(flags) | OFlags::CREATE | OFlags::EXCL;
         let made = self.as_user(&call.header, mask, || self.open_in(&folder, name, wanted, mode));
         let (file, (inode, stat)) = match made {
             Ok(file) => (file, self.find(&folder, name)?),
@@ -73,7 +86,7 @@ impl Worker {
         let (flags, mode, mask, _) = creation(&mut call.fields)?;
         let folder = self.server.inodes.get(call.header.node)?;
         // Without O_EXCL it can get a name later.
-        let wanted = open_flags(flags) | OFlags::TMPFILE | OFlags::from_bits_retain(flags) & OFlags::EXCL;
+        let wanted = self.open_flags(flags) | OFlags::TMPFILE | OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let file = self.as_user(&call.header, mask, || self.open_in(&folder, ".", wanted, mode))?;
         let stat = attributes(&file)?;
         let inode = Inode::new(self.as_path(&file)?, &stat);
@@ -220,7 +233,7 @@ fn creation(fields: &mut Fields<'_>) -> Result<(u32, Mode, u32, u32), Errno> {
 
 /// The flags with which the host's file is opened. O_DIRECT applies to the guest's cache alone: the host would want data at
 /// other addresses. A handle appends by itself.
-fn open_flags(guests: u32) -> OFlags {
+fn host_flags(guests: u32) -> OFlags {
     let kept = OFlags::ACCMODE | OFlags::TRUNC | OFlags::SYNC | OFlags::DSYNC;
     OFlags::from_bits_retain(guests) & kept
 }
@@ -230,13 +243,13 @@ fn errno(error: io::Error) -> Errno {
 }
 
 /// The flags of open files and folders.
-impl super::Cache {
+impl Cache {
     pub(super) fn open_flags(self) -> u32 {
         open_flag::NOFLUSH
             | match self {
-                super::Cache::Never => open_flag::DIRECT_IO,
-                super::Cache::Auto => 0,
-                super::Cache::Always => open_flag::KEEP_CACHE,
+                Cache::Never => open_flag::DIRECT_IO,
+                Cache::Auto => 0,
+                Cache::Always | Cache::Writeback => open_flag::KEEP_CACHE,
             }
     }
 }

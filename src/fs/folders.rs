@@ -6,7 +6,6 @@ use std::sync::PoisonError;
 use rustix::fs::{FileType, Mode, OFlags, RawDir, SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::Cache;
 use super::handles::Handle;
 use super::inodes::Inode;
 use super::wire::{Body, ENTRY_BYTES, dirent_bytes, open_flag};
@@ -26,7 +25,7 @@ impl Worker {
         }
         let file = self.open_in(&inode, ".", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
         let cached = open_flag::KEEP_CACHE | open_flag::CACHE_DIR;
-        let flags = if self.server.options.cache == Cache::Always { cached } else { 0 };
+        let flags = if self.server.options.cache.is_own() { cached } else { 0 };
         let mut body = Body::default();
         body.open(self.server.handles.insert(Handle::new(file, OFlags::DIRECTORY))?, flags);
         Ok(Reply::Body(body.0))
@@ -62,15 +61,7 @@ impl Worker {
     /// Adds what a lookup of `name` would return. The guest looks it up itself if that fails.
     fn add_entry(&self, folder: &Inode, name: &std::ffi::CStr, body: &mut Body) {
         let is_link = matches!(name.to_bytes(), b"." | b"..");
-        let found = if is_link || self.server.inodes.is_half_full() {
-            None
-        } else {
-            let found = self.find(folder, name).and_then(|(inode, stat)| {
-                let id = self.server.inodes.look_up(inode, &stat)?;
-                Ok((id, stat))
-            });
-            found.ok()
-        };
+        let found = if is_link || self.server.inodes.is_half_full() { None } else { self.identify(folder, name).ok() };
         match found {
             Some((id, stat)) => body.entry(id, &stat, self.server.options.cache.validity()),
             None => body.no_entry(),

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Place;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
@@ -17,12 +19,28 @@ pub struct Inode {
     pub fd: OwnedFd,
     /// Its type, which never changes.
     pub kind: FileType,
+    /// When it had last changed at its last opening, in nanoseconds since 1970; [`NEVER`] if it was not opened, or was changing.
+    opened_as_of: AtomicI64,
 }
+
+const NEVER: i64 = i64::MIN;
+/// A file that was changed so recently may change again without another time of change, which is that of the kernel's last tick.
+const SETTLED_AFTER: Duration = Duration::from_millis(100);
 
 impl Inode {
     /// An inode with this descriptor and these attributes.
     pub fn new(fd: OwnedFd, stat: &Statx) -> Inode {
-        Inode { fd, kind: FileType::from_raw_mode(stat.stx_mode.into()) }
+        Inode { fd, kind: FileType::from_raw_mode(stat.stx_mode.into()), opened_as_of: AtomicI64::new(NEVER) }
+    }
+
+    /// Notes that the guest opens the file, which has the attributes `stat`. Returns whether it is as it was at the last time, so that
+    /// what the guest has read since is still right.
+    pub fn is_as_last_opened(&self, stat: &Statx) -> bool {
+        let changed = stat.stx_ctime.tv_sec.saturating_mul(1_000_000_000).saturating_add(stat.stx_ctime.tv_nsec.into());
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let settled = i64::try_from(now.saturating_sub(SETTLED_AFTER).as_nanos()).unwrap_or(NEVER);
+        let as_of = if changed < settled { changed } else { NEVER };
+        self.opened_as_of.swap(as_of, Ordering::AcqRel) == as_of && as_of != NEVER
     }
 
     /// Its path in the folder of descriptors: see [`super::worker`].
@@ -31,11 +49,13 @@ impl Inode {
     }
 }
 
-/// Identifies a file of the host. As long as a descriptor refers to it, no other file has its number.
-type Key = (u32, u32, u64, u64);
+/// Identifies a file of the host. As long as a descriptor refers to it, no other file has its number; one that has it later was born
+/// at another time.
+type Key = (u32, u32, u64, u64, (i64, u32));
 
 fn key(stat: &Statx) -> Key {
-    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, stat.stx_mnt_id)
+    let born = (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec);
+    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, stat.stx_mnt_id, born)
 }
 
 struct Known {
@@ -108,6 +128,14 @@ impl Inodes {
                 Ok(id)
             }
         }
+    }
+
+    /// Counts a lookup of a file that is known, and returns its ID. `None` if it is not known.
+    pub fn look_up_known(&self, stat: &Statx) -> Option<u64> {
+        let mut tables = self.lock();
+        let id = *tables.by_key.get(&key(stat))?;
+        tables.by_id.get_mut(&id)?.lookups += 1;
+        Some(id)
     }
 
     /// Takes back lookups. An inode without any is closed when no call uses it any more.

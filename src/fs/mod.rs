@@ -27,6 +27,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
@@ -60,10 +61,15 @@ const AUTO_SECONDS: u64 = 1;
 const ALWAYS_SECONDS: u64 = 86_400;
 
 impl Cache {
+    /// Whether the guest is the only one who changes anything.
+    fn is_own(self) -> bool {
+        matches!(self, Cache::Always | Cache::Writeback)
+    }
+
     fn validity(self) -> Validity {
         let seconds = match self {
             Cache::Auto => AUTO_SECONDS,
-            Cache::Always => ALWAYS_SECONDS,
+            Cache::Always | Cache::Writeback => ALWAYS_SECONDS,
             Cache::Never => 0,
         };
         Validity { entries: seconds, attributes: seconds }
@@ -79,6 +85,17 @@ pub struct Options {
     pub fills: bool,
     /// What the guest's kernel keeps.
     pub cache: Cache,
+}
+
+impl Options {
+    /// The flags of open(2) for a file that the guest opens with `flags`. A kernel that writes pages later first reads what is around a
+    /// change.
+    fn access(&self, flags: OFlags) -> OFlags {
+        match self.cache {
+            Cache::Writeback if flags & OFlags::ACCMODE == OFlags::WRONLY => (flags - OFlags::ACCMODE) | OFlags::RDWR,
+            _ => flags,
+        }
+    }
 }
 
 /// A folder that is served, to one guest. Any thread.
@@ -157,6 +174,7 @@ impl Worker {
         let of_cache = match self.server.options.cache {
             Cache::Auto => AUTO_INVAL_DATA | DO_READDIRPLUS | READDIRPLUS_AUTO,
             Cache::Always => DO_READDIRPLUS | READDIRPLUS_AUTO | CACHE_SYMLINKS,
+            Cache::Writeback => DO_READDIRPLUS | READDIRPLUS_AUTO | CACHE_SYMLINKS | WRITEBACK_CACHE,
             Cache::Never => DIRECT_IO_ALLOW_MMAP,
         };
         let of_privilege = if self.server.is_privileged { HANDLE_KILLPRIV_V2 } else { 0 };

@@ -5,16 +5,15 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::Cache;
 use super::wire::{Body, opcode};
 use super::worker::{Call, Reply, Worker};
 
 impl Worker {
-    /// LOOKUP. With `cache=always`, the guest's kernel remembers also that there is no such file.
+    /// LOOKUP. In a folder of its own, the guest's kernel remembers also that there is no such file.
     pub fn look_up(&self, mut call: Call<'_>) -> Result<Reply, Errno> {
         let cache = self.server.options.cache;
         match self.entry(call.header.node, call.fields.name()?) {
-            Err(Errno::NOENT) if cache == Cache::Always => {
+            Err(Errno::NOENT) if cache.is_own() => {
                 let mut body = Body::default();
                 body.absent(cache.validity());
                 Ok(Reply::Body(body.0))
@@ -26,8 +25,7 @@ impl Worker {
     /// The reply that tells of the file `name` in a folder.
     fn entry(&self, folder: u64, name: &std::ffi::CStr) -> Result<Reply, Errno> {
         let folder = self.server.inodes.get(folder)?;
-        let (inode, stat) = self.find(&folder, name)?;
-        let id = self.server.inodes.look_up(inode, &stat)?;
+        let (id, stat) = self.identify(&folder, name)?;
         let mut body = Body::default();
         body.entry(id, &stat, self.server.options.cache.validity());
         Ok(Reply::Body(body.0))

@@ -188,7 +188,7 @@ pub fn restore(server: &Server, shared: Identity, descriptors: &impl AsFd, bytes
         let flags = OFlags::from_bits_retain(fields.u32().with_context(malformed)?);
         let place = Place::read(fields).with_context(malformed)?;
         ensure!(id <= last_handle && handles.len() < server.handles.count_max(), malformed());
-        if let Ok(handle) = reopen(&root, &place, flags, descriptors) {
+        if let Ok(handle) = reopen(server, &place, flags, descriptors) {
             handles.push((id, Arc::new(handle)));
         }
     }
@@ -198,8 +198,8 @@ pub fn restore(server: &Server, shared: Identity, descriptors: &impl AsFd, bytes
 }
 
 /// Opens a file again as it was.
-fn reopen(root: &Inode, place: &Place, flags: OFlags, descriptors: &impl AsFd) -> Result<Handle, Errno> {
-    let fd = place.open(root)?;
+fn reopen(server: &Server, place: &Place, flags: OFlags, descriptors: &impl AsFd) -> Result<Handle, Errno> {
+    let fd = place.open(&*server.inodes.get(ROOT_ID)?)?;
     let kind = FileType::from_raw_mode(worker::attributes(&fd)?.stx_mode.into());
     let access = match kind {
         FileType::Directory => OFlags::RDONLY | OFlags::DIRECTORY,
@@ -207,6 +207,10 @@ fn reopen(root: &Inode, place: &Place, flags: OFlags, descriptors: &impl AsFd) -
         // To open a FIFO or a device would wait, or do something.
         _ => return Err(Errno::STALE),
     };
-    let file = openat(descriptors, fd.as_raw_fd().to_string(), access | OFlags::CLOEXEC, Mode::empty())?;
-    Ok(Handle::new(file.into(), flags))
+    let open = |access| openat(descriptors, fd.as_raw_fd().to_string(), access | OFlags::CLOEXEC, Mode::empty());
+    let file = match open(server.options.access(access)) {
+        Err(Errno::ACCESS) => open(access),
+        opened => opened,
+    };
+    Ok(Handle::new(file?.into(), flags))
 }

@@ -215,6 +215,51 @@ fn a_readonly_folder_that_is_to_be_filled_is_changed_until_it_is_mounted_again()
 }
 
 #[test]
+fn a_file_that_is_as_it_was_when_it_was_last_opened_keeps_its_pages() {
+    let mut guest = Client::new();
+    let keeps = |guest: &mut Client, id, flags: i32| {
+        let body = guest.call(opcode::OPEN, id, &client::fields32(&[flags as u32, 0])).unwrap();
+        u32::from_le_bytes(body[8..12].try_into().unwrap()) & super::wire::open_flag::KEEP_CACHE != 0
+    };
+    let settle = || std::thread::sleep(std::time::Duration::from_millis(200));
+    fs::write(guest.at("f"), b"old").unwrap();
+    let file = guest.look_up(ROOT_ID, "f").unwrap();
+    // What was only just changed may change again at the same time.
+    assert!(!keeps(&mut guest, file.id, 0) && !keeps(&mut guest, file.id, 0));
+    settle();
+    assert!(
+        !keeps(&mut guest, file.id, 0) && keeps(&mut guest, file.id, libc::O_RDWR) && keeps(&mut guest, file.id, 0)
+    );
+    let times = fs::metadata(guest.at("f")).unwrap().modified().unwrap();
+    fs::write(guest.at("f"), b"new").unwrap();
+    fs::File::options().write(true).open(guest.at("f")).unwrap().set_modified(times).unwrap();
+    settle();
+    assert!(!keeps(&mut guest, file.id, 0), "another content with the same size and time");
+    assert!(keeps(&mut guest, file.id, 0));
+}
+
+#[test]
+fn a_kernel_that_writes_later_reads_what_is_around_a_change() {
+    let mut guest = Client::with(Options { cache: Cache::Writeback, ..Options::default() }, 4096);
+    let reply = guest.init(feature::INIT_EXT | feature::WRITEBACK_CACHE).unwrap();
+    assert_eq!(
+        u32::from_le_bytes(reply[12..16].try_into().unwrap()) as u64 & feature::WRITEBACK_CACHE,
+        feature::WRITEBACK_CACHE
+    );
+    let (file, made) = guest.create(ROOT_ID, "f", libc::O_WRONLY as u32, 0o600).unwrap();
+    guest.write(file.id, made, 0, b"data", super::wire::WRITE_CACHE).unwrap();
+    let opened = guest.open(file.id, libc::O_WRONLY as u32 | libc::O_APPEND as u32).unwrap();
+    assert_eq!(
+        [made, opened].map(|handle| guest.read(file.id, handle, 0, 4)),
+        [Ok(b"data".to_vec()), Ok(b"data".to_vec())]
+    );
+    // Otherwise a handle can do what it was opened for.
+    let mut guest = Client::new();
+    let (file, handle) = guest.create(ROOT_ID, "f", libc::O_WRONLY as u32, 0o600).unwrap();
+    assert_eq!(guest.read(file.id, handle, 0, 4), Err(libc::EBADF));
+}
+
+#[test]
 fn what_the_guests_users_make_is_theirs() {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("skipped: not root");

@@ -4,6 +4,7 @@
 //! only way to reach an inode for calls that take no descriptor. A path in it is the number of a descriptor, never
 //! something from the guest.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -24,6 +25,9 @@ use crate::sys::{identity, namespaces};
 const REQUEST_BYTES_MAX: usize = 80 << 10;
 /// How names are resolved: below the given folder, and through none of the kernel's own links.
 const RESOLVE: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS);
+
+/// What is asked of each file.
+const ATTRIBUTES: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// What becomes of a request.
 pub(super) enum Reply {
@@ -192,6 +196,17 @@ impl Worker {
         Ok((Inode::new(fd, &stat), stat))
     }
 
+    /// Looks up a file in a folder by its name for the guest: its ID, and its attributes. One that the guest knows is not opened again.
+    pub fn identify(&self, folder: &Inode, name: &CStr) -> Result<(u64, Statx), Errno> {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let stat = statx(&folder.fd, name, flags, ATTRIBUTES)?;
+        if let Some(id) = self.server.inodes.look_up_known(&stat) {
+            return Ok((id, stat));
+        }
+        let (inode, stat) = self.find(folder, name)?;
+        Ok((self.server.inodes.look_up(inode, &stat)?, stat))
+    }
+
     /// Opens a file of a folder, which may be created, by its name.
     pub fn open_in(
         &self,
@@ -259,7 +274,7 @@ fn set_effective(effective: CapabilitySet) -> Result<(), Errno> {
 /// The attributes of an open file.
 pub(super) fn attributes(fd: impl AsFd) -> Result<Statx, Errno> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
-    statx(fd, "", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
+    statx(fd, "", flags, ATTRIBUTES)
 }
 
 fn changes_something(opcode: u32) -> bool {
