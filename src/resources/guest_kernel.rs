@@ -55,6 +55,9 @@ impl Choice {
                 format!("no {name} kernel in {}: build it with `scripts/kernel {name}`", dir.display())
             }),
             Choice::Host => host(),
+            Choice::Path(path) if path.components().count() == 1 && !path.exists() => {
+                bail!("there is no kernel {}: use micro, stock, host or the path of a file", path.display())
+            }
             Choice::Path(path) => Ok(GuestKernel { modules: modules_beside(path), path: path.clone() }),
         }
     }
@@ -148,6 +151,8 @@ mod tests {
         assert_eq!(Choice::from_word(Path::new("host")), Choice::Host);
         assert_eq!(Choice::from_word(Path::new("./micro")), Choice::Path("./micro".into()));
         assert_eq!(Choice::from_word(Path::new("/boot/vmlinuz")), Choice::Path("/boot/vmlinuz".into()));
+        let error = Choice::from_word(Path::new("mikro")).find().unwrap_err().to_string();
+        assert_eq!(error, "there is no kernel mikro: use micro, stock, host or the path of a file");
     }
 
     #[test]

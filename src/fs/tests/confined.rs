@@ -5,9 +5,9 @@ use std::os::fd::AsRawFd;
 
 use rustix::fs::RenameFlags;
 
+use super::super::Options;
 use super::super::process::{self, FILES_MAX, Process};
 use super::super::wire::{ROOT_ID, opcode};
-use super::super::Options;
 use super::RW;
 use super::client::Client;
 use crate::config::SHARED_FILE;

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::RenameFlags;
 
-use super::super::wire::{ROOT_ID, opcode};
 use super::super::Options;
+use super::super::wire::{ROOT_ID, opcode};
 use super::RW;
 use super::client::{Client, c_string, fields32, fields64};
 

@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use super::super::Options;
 use super::super::process::{self, FILES_MAX, Process};
 use super::super::wire::{ROOT_ID, opcode};
-use super::super::Options;
 use super::RW;
 use super::client::{Client, fields64};
 use crate::config::SHARED_FILE;
