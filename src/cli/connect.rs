@@ -1,7 +1,8 @@
 //! `husk network connect` and `disconnect`: change the command line with which a stopped machine is started again. The devices of
 //! a running machine are those that it was started with.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -13,13 +14,16 @@ use crate::state_dir::{MachineEntry, StateDir};
 
 /// The spellings of the flag.
 const FLAGS: [&str; 2] = ["--network", "--net"];
+/// The flag for an address on the first network.
+const ADDRESS: &str = "--ip";
 
-/// Connects the machine `machine` to `network` from its next start on, with these further options of `--network`.
-pub fn connect(network: &str, machine: &str, options: &[String]) -> Result<()> {
-    ensure!(
-        bridge::list()?.iter().any(|known| known.name == network),
-        "network {network} not found (see `husk network ls`)"
-    );
+/// Connects the machine `machine` to `network` from its next start on, with this address, if given, and these other names.
+pub fn connect(network: &str, machine: &str, ip: Option<Ipv4Addr>, aliases: &[String]) -> Result<()> {
+    let known = bridge::list()?.into_iter().find(|known| known.name == network);
+    let known = known.with_context(|| format!("network {network} not found (see `husk network ls`)"))?;
+    ip.map_or(Ok(()), |ip| known.check_address(ip))?;
+    let options = ip.iter().map(|ip| format!(",ip={ip}")).chain(aliases.iter().map(|alias| format!(",alias={alias}")));
+    let value: String = std::iter::once(format!("name={network}")).chain(options).collect();
     change(machine, |words| {
         let line = Line::parse(words)?;
         ensure!(line.networks().all(|(_, name)| name != network), "it is connected to {network} already");
@@ -29,7 +33,6 @@ pub fn connect(network: &str, machine: &str, options: &[String]) -> Result<()> {
         if is_first && line.has_user_network {
             added.extend([FLAGS[0], "user"].map(OsString::from));
         }
-        let value = [&[format!("name={network}")], options].concat().join(",");
         added.extend([FLAGS[0].into(), value.into()]);
         Ok(line.with(added))
     })
@@ -43,7 +46,14 @@ pub fn disconnect(network: &str, machine: &str) -> Result<()> {
         let (place, _) = found.with_context(|| format!("it is not connected to {network}"))?;
         let is_last = line.networks().count() == 1;
         let none = if is_last { vec![FLAGS[0].into(), "none".into()] } else { Vec::new() };
-        Ok(line.without(place).with(none))
+        // The address is that on the first network.
+        let is_first = line.networks().next().is_some_and(|(first, _)| first == place);
+        let line = line.without(place);
+        let address = is_first.then(|| line.flags(&[ADDRESS]).next().map(|(place, _)| place)).flatten();
+        Ok(match address {
+            Some(place) => line.without(place).with(none),
+            None => line.with(none),
+        })
     })
 }
 
@@ -96,34 +106,45 @@ impl Line {
 
     /// The words that the name of a network is in or follows, and that name.
     fn networks(&self) -> impl Iterator<Item = (usize, String)> {
-        let options = self.words.get(self.options.clone()).unwrap_or_default();
-        let value = |at: usize| -> Option<&OsStr> {
-            let word = options.get(at)?.to_str()?;
-            if FLAGS.contains(&word) {
-                return options.get(at + 1).map(OsString::as_os_str);
-            }
-            FLAGS.iter().find_map(|flag| word.strip_prefix(flag)?.strip_prefix('=')).map(OsStr::new)
-        };
-        let name = move |at| {
-            let value = value(at)?.to_str()?;
-            let first = value.split(',').next()?;
-            Some((self.options.start + at, first.strip_prefix("name=").unwrap_or(first).to_owned()))
-        };
-        (0..options.len()).filter_map(name)
+        self.flags(&FLAGS).map(|(place, value)| {
+            let first = value.split(',').next().unwrap_or_default();
+            (place, first.strip_prefix("name=").unwrap_or(first).to_owned())
+        })
     }
 
-    /// Adds options.
+    /// The words that one of the flags `names` is in, and its values.
+    fn flags(&self, names: &'static [&'static str]) -> impl Iterator<Item = (usize, &str)> {
+        let options = self.words.get(self.options.clone()).unwrap_or_default();
+        let value = move |at: usize| -> Option<(usize, &str)> {
+            let word = options.get(at)?.to_str()?;
+            let value = if names.contains(&word) {
+                options.get(at + 1)?.to_str()?
+            } else {
+                names.iter().find_map(|flag| word.strip_prefix(flag)?.strip_prefix('='))?
+            };
+            Some((self.options.start + at, value))
+        };
+        (0..options.len()).filter_map(value)
+    }
+
+    /// The number of words of the option at this place.
+    fn len_at(&self, place: usize) -> usize {
+        let is_flag = |word: &str| FLAGS.contains(&word) || word == ADDRESS;
+        1 + usize::from(self.words.get(place).and_then(|word| word.to_str()).is_some_and(is_flag))
+    }
+
+    /// Adds networks behind the others: some options are for the first one.
     fn with(self, added: Vec<OsString>) -> Vec<OsString> {
+        let last = self.networks().last().map(|(place, _)| place + self.len_at(place));
+        let place = last.unwrap_or(self.options.start);
         let mut words = self.words;
-        words.splice(self.options.start..self.options.start, added);
+        words.splice(place..place, added);
         words
     }
 
     /// Removes the option at this place, with its value.
     fn without(mut self, place: usize) -> Line {
-        let has_value_behind =
-            self.words.get(place).and_then(|word| word.to_str()).is_some_and(|word| FLAGS.contains(&word));
-        let count = 1 + usize::from(has_value_behind);
+        let count = self.len_at(place);
         self.words.drain(place..place + count);
         self.options.end -= count;
         self
@@ -139,7 +160,7 @@ mod tests {
     }
 
     fn text(words: &[OsString]) -> String {
-        words.join(OsStr::new(" ")).into_string().unwrap()
+        words.join(std::ffi::OsStr::new(" ")).into_string().unwrap()
     }
 
     #[test]
@@ -147,12 +168,17 @@ mod tests {
         let line = line("run -d --network user --net=name=web,alias=a x sh --network db");
         let names: Vec<String> = line.networks().map(|(_, name)| name).collect();
         assert_eq!((names, line.has_user_network), (vec!["user".to_owned(), "web".to_owned()], true));
+        let line = super::Line::parse(["run", "--ip=10.0.0.2", "x", "--ip", "y"].map(OsString::from).to_vec()).unwrap();
+        let addresses: Vec<_> = line.flags(&[ADDRESS]).collect();
+        assert_eq!((addresses.as_slice(), line.len_at(1)), (&[(1, "10.0.0.2")][..], 1));
     }
 
     #[test]
     fn a_network_is_added_and_removed() {
         let added = line("--verbose run -d x sh").with(vec!["--network".into(), "web".into()]);
         assert_eq!(text(&added), "--verbose run --network web -d x sh");
+        let second = line("run --network n1 -d --ip 10.0.0.2 x sh").with(vec!["--network".into(), "n2".into()]);
+        assert_eq!(text(&second), "run --network n1 --network n2 -d --ip 10.0.0.2 x sh");
         for words in ["run -d --network web x --network", "run -d --network=web,alias=a x --network"] {
             let line = line(words);
             let place = line.networks().next().unwrap().0;

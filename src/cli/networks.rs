@@ -161,9 +161,7 @@ impl Networks {
                 return format.print(&names.iter().map(find).collect::<Result<Vec<_>>>()?);
             }
             Command::Connect { network, machine, ip, alias } => {
-                let aliases = alias.iter().map(|alias| format!("alias={alias}"));
-                let options: Vec<String> = ip.iter().map(|ip| format!("ip={ip}")).chain(aliases).collect();
-                connect::connect(&network, &machine, &options)?;
+                connect::connect(&network, &machine, ip, &alias)?;
                 note("connect", &network);
             }
             Command::Disconnect { network, machine, .. } => {

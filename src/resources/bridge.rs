@@ -108,6 +108,21 @@ impl Bridge {
         Ipv4Addr::new(a, b, c, last)
     }
 
+    /// Fails if no machine of the network can have this address.
+    pub fn check_address(&self, address: Ipv4Addr) -> Result<()> {
+        let (name, subnet) = (&self.name, self.subnet);
+        ensure!(
+            self.has_place(address),
+            "{address} is not an address for a machine of network {name}, {subnet}/{PREFIX}"
+        );
+        Ok(())
+    }
+
+    fn has_place(&self, address: Ipv4Addr) -> bool {
+        let last = address.octets()[3];
+        MACHINES.contains(&last) && self.host(last) == address
+    }
+
     fn dir(&self, base: &Path) -> PathBuf {
         base.join(&self.name)
     }
@@ -268,18 +283,10 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wish: Wish) 
     let size = MACHINES.len() as u64;
     let first = u64::from_le_bytes([mac.0[2], mac.0[3], mac.0[4], mac.0[5], 0, 0, 0, 0]) % size;
     let others = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
-    let is_inside = |address: &Ipv4Addr| {
-        let last = address.octets()[3];
-        MACHINES.contains(&last) && bridge.host(last) == *address
-    };
     let is_free = |address: &Ipv4Addr| taken.iter().all(|(other, _)| other != address);
-    let wanted = wish.address.filter(is_inside);
+    let wanted = wish.address.filter(|address| bridge.has_place(*address));
     if let Some(address) = wish.address.filter(|_| wish.is_required) {
-        ensure!(
-            wanted.is_some(),
-            "{address} is not an address for a machine of network {name}, {}/{PREFIX}",
-            bridge.subnet
-        );
+        bridge.check_address(address)?;
         ensure!(is_free(&address), "{address} is in use by another machine of network {name}");
     }
     let address = wanted.into_iter().chain(others).find(is_free);
