@@ -61,7 +61,7 @@ impl ImportRoot {
         let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
         let making = Making { name: self.name.as_ref(), changes: &self.changes, comment: &self.message, from: file };
         let id = store.import_root(archive, &making, progress).with_context(|| format!("import {file}"))?;
-        let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
+        let name = self.name.as_ref().map(Reference::familiar).unwrap_or_default();
         events::note("image", "import", id, name);
         super::print(&format!("{id}\n"))?;
         Ok(Exit::Success)

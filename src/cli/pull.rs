@@ -53,7 +53,7 @@ impl Pull {
         let names = if self.all_tags { store.remote_tags(&self.name)? } else { vec![self.name.clone()] };
         for name in &names {
             let pulled = store.pull(name, &self.platform, progress)?;
-            events::note("image", "pull", pulled.prepared.id, name);
+            events::note("image", "pull", pulled.prepared.id, name.familiar());
             if self.quiet {
                 super::print(&format!("{}\n", pulled.prepared.id))?;
             } else {

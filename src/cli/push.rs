@@ -53,7 +53,7 @@ impl Push {
         for name in names {
             let Version::Tag(tag) = &name.version else { bail!("an image is pushed by its tag: use NAME[:TAG]") };
             let pushed = store.push(&name, progress)?;
-            events::note("image", "push", pushed.digest, &name);
+            events::note("image", "push", pushed.digest, name.familiar());
             let line = format!("{tag}: digest: {} size: {}\n", pushed.digest, pushed.manifest_bytes);
             super::print(&if self.quiet { format!("{name}\n") } else { line })?;
         }

@@ -31,7 +31,7 @@ impl Tag {
         ensure!(matches!(self.target.version, Version::Tag(_)), "an image cannot be given a digest: use NAME[:TAG]");
         let store = Store::open_default()?;
         let image = store.find(&self.source)?;
-        let name = self.target.to_string();
+        let name = self.target.familiar();
         store.tag(image.id, &[self.target])?;
         events::note("image", "tag", image.id, name);
         Ok(Exit::Success)
