@@ -3,6 +3,7 @@
 mod buffers;
 mod changes;
 mod save;
+pub mod touched;
 
 use std::fs::File;
 use std::io;

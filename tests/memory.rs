@@ -74,7 +74,13 @@ impl Guest {
         let file = tempfile::tempfile().unwrap();
         memory::write_to(machine.memory(), &file, None).unwrap();
         drop((machine, outside));
-        let source = Source::Snapshot(SnapshotFiles { state, memory: file, shares: Vec::new(), added_devices: 0 });
+        let source = Source::Snapshot(SnapshotFiles {
+            state,
+            memory: file,
+            touched: None,
+            shares: Vec::new(),
+            added_devices: 0,
+        });
         let (machine, console, outside) = start(&config, resources::open_for(&config, source).unwrap());
         Guest { config, machine, console, _outside: outside, name, socket, _dir: dir }
     }

@@ -67,7 +67,7 @@ pub(super) struct Restore {
 impl Restore {
     /// Runs the machine until its end. `started` is when this process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
-        let Snapshot { description, files, disks: inside } = Snapshot::open(&self.dir)?;
+        let Snapshot { description, files, disks: inside, .. } = Snapshot::open(&self.dir)?;
         let Description {
             id,
             image,

@@ -1,6 +1,7 @@
 //! Builds a machine from its configuration and opened resources, paused before its first instruction.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -58,10 +59,11 @@ impl Machine {
                 let contents = Contents::new(config, *files);
                 (memory.clone(), Loader::boot(kvm.clone(), memory, contents, timings.clone())?)
             }
-            Source::Snapshot(SnapshotFiles { state, memory, added_devices: added, .. }) => {
+            Source::Snapshot(SnapshotFiles { state, memory, touched, added_devices: added, .. }) => {
                 added_devices = added;
-                let loader = Loader::restore(kvm.clone(), state, timings.clone())?;
-                (memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?, loader)
+                let memory = memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?;
+                let loader = Loader::restore(kvm.clone(), state, memory.clone(), touched, timings.clone())?;
+                (memory, loader)
             }
         };
         let (devices, controls) = create_devices(config, disks, vsock, networks, shares)?;
@@ -220,44 +222,61 @@ enum Loaded {
     State(Box<MachineState>, CpuId),
 }
 
-/// The thread that queries CPUID, and fills guest memory or decodes a saved state, while KVM is set up. Dropping it waits until
-/// the thread has ended.
-struct Loader(Option<JoinHandle<Result<Loaded>>>);
+/// The thread that queries CPUID, and fills guest memory or decodes a saved state, while KVM is set up; and as long as
+/// that takes provides memory. Dropping it waits until the thread has ended: it is not confined like those that run for the guest.
+struct Loader {
+    thread: Option<JoinHandle<Result<Loaded>>>,
+    is_stopped: Arc<AtomicBool>,
+}
 
 impl Loader {
     fn boot(kvm: Arc<Kvm>, memory: GuestMemory, contents: Contents, timings: Arc<Timings>) -> Result<Loader> {
-        Loader::start(move || {
+        let load = move || {
             let Contents { kernel, initrd, cmdline, cpus, bus } = contents;
             let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, cpus, bus)?;
             setup::write_boot_tables(&memory, entry.protocol)?;
             timings.mark(Step::KernelLoaded);
             Ok(Loaded::Kernel(entry, kvm::supported_cpuid(&kvm)?))
-        })
+        };
+        Loader::start(|_| load())
     }
 
-    fn restore(kvm: Arc<Kvm>, state: Vec<u8>, timings: Arc<Timings>) -> Result<Loader> {
-        Loader::start(move || {
+    fn restore(
+        kvm: Arc<Kvm>,
+        state: Vec<u8>,
+        memory: GuestMemory,
+        touched: Option<Vec<u8>>,
+        timings: Arc<Timings>,
+    ) -> Result<Loader> {
+        Loader::start(move |is_stopped| {
             let state = MachineState::decode(&state)?;
             timings.mark(Step::KernelLoaded);
-            Ok(Loaded::State(Box::new(state), kvm::supported_cpuid(&kvm)?))
+            let supported = kvm::supported_cpuid(&kvm)?;
+            if let Some(record) = touched {
+                memory::touched::populate(&memory, &record, || is_stopped.load(Ordering::Relaxed));
+            }
+            Ok(Loaded::State(Box::new(state), supported))
         })
     }
 
-    fn start(load: impl FnOnce() -> Result<Loaded> + Send + 'static) -> Result<Loader> {
-        Ok(Loader(Some(
-            sandbox::spawn_confined(ThreadRole::Loader, "loader", load).context("start the loader thread")?,
-        )))
+    fn start(load: impl FnOnce(&AtomicBool) -> Result<Loaded> + Send + 'static) -> Result<Loader> {
+        let is_stopped = Arc::new(AtomicBool::new(false));
+        let flag = is_stopped.clone();
+        let thread = sandbox::spawn_confined(ThreadRole::Loader, "loader", move || load(&flag));
+        Ok(Loader { thread: Some(thread.context("start the loader thread")?), is_stopped })
     }
 
     fn finish(mut self) -> Result<Loaded> {
-        let thread = self.0.take().context("the loader thread has ended")?;
+        self.is_stopped.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().context("the loader thread has ended")?;
         thread.join().map_err(|_| anyhow!("the loader thread panicked"))?
     }
 }
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        if let Some(thread) = self.0.take() {
+        self.is_stopped.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
             // The error of KVM's setup is reported instead.
             let _ = thread.join();
         }

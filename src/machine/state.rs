@@ -117,7 +117,8 @@ mod tests {
     }
 
     fn restore(config: &MachineConfig, state: Vec<u8>, memory: File) -> Result<Machine> {
-        let source = Source::Snapshot(SnapshotFiles { state, memory, shares: Vec::new(), added_devices: 0 });
+        let source =
+            Source::Snapshot(SnapshotFiles { state, memory, touched: None, shares: Vec::new(), added_devices: 0 });
         let (resources, _outside) = resources::open_for(config, source).unwrap();
         build(config, resources)
     }

@@ -210,6 +210,12 @@ impl Monitor {
         Ok(used)
     }
 
+    /// A record of the pages of guest memory that were touched (`memory/touched.rs`).
+    pub fn touched_pages(&mut self) -> Result<Vec<u8>> {
+        let usage = self.usage()?;
+        used_pages::touched(self.pid, &usage.memory_ranges).context("read which memory the guest has touched")
+    }
+
     /// The cgroup limits of the machine, which can be changed while it runs.
     pub fn cgroup_limits(&mut self) -> &mut CgroupLimits {
         &mut self.outside.cgroup_limits

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use crate::memory::PageUse;
+use crate::memory::touched::Recorder;
 use crate::sys;
 
 const PAGE_BYTES: u64 = 4096;
@@ -22,8 +23,29 @@ const ENTRIES: u64 = 64 << 10;
 /// Writes a byte for each page of `ranges`, the addresses of guest memory in process `pid`, one after another: what
 /// [`PageUse`] says. The process must not run meanwhile, or its guest must be paused.
 pub fn of(pid: u32, ranges: &[Range<u64>]) -> io::Result<File> {
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut used = sys::memory_file(c"used-pages")?;
+    look_at(pid, ranges, |uses| used.write_all(&uses.iter().map(|page| *page as u8).collect::<Vec<u8>>()))?;
+    Ok(used)
+}
+
+/// A record of the pages that were touched, of memory that is mapped from a file (`memory/touched.rs`). The guest may run meanwhile.
+pub fn touched(pid: u32, ranges: &[Range<u64>]) -> io::Result<Vec<u8>> {
+    let (mut recorder, mut number) = (Recorder::default(), 0);
+    look_at(pid, ranges, |uses| {
+        for page in uses {
+            if *page != PageUse::None {
+                recorder.add(number, *page == PageUse::Own);
+            }
+            number += 1;
+        }
+        Ok(())
+    })?;
+    Ok(recorder.finish())
+}
+
+/// Passes the use of all pages of `ranges` to `take`, in order, many at once.
+fn look_at(pid: u32, ranges: &[Range<u64>], mut take: impl FnMut(&[PageUse]) -> io::Result<()>) -> io::Result<()> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     for range in ranges {
         for start in (range.start..range.end).step_by((ENTRIES * PAGE_BYTES) as usize) {
             let pages = ENTRIES.min((range.end - start) / PAGE_BYTES);
@@ -31,14 +53,14 @@ pub fn of(pid: u32, ranges: &[Range<u64>]) -> io::Result<File> {
             pagemap.read_exact_at(&mut entries, start / PAGE_BYTES * ENTRY_BYTES)?;
             let (entries, _) = entries.as_chunks();
             let use_of = |entry: &[u8; 8]| match u64::from_ne_bytes(*entry) {
-                entry if entry & PRESENT_OR_SWAPPED == 0 => PageUse::None as u8,
-                entry if entry & OF_FILE != 0 => PageUse::OfFile as u8,
-                _ => PageUse::Own as u8,
+                entry if entry & PRESENT_OR_SWAPPED == 0 => PageUse::None,
+                entry if entry & OF_FILE != 0 => PageUse::OfFile,
+                _ => PageUse::Own,
             };
-            used.write_all(&entries.iter().map(use_of).collect::<Vec<u8>>())?;
+            take(&entries.iter().map(use_of).collect::<Vec<_>>())?;
         }
     }
-    Ok(used)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -86,6 +86,8 @@ pub struct SnapshotFiles {
     pub state: Vec<u8>,
     /// Its memory. The file must not change as long as the machine exists.
     pub memory: File,
+    /// Which pages of it a machine of this snapshot has touched, if that was recorded (`memory/touched.rs`).
+    pub touched: Option<Vec<u8>>,
     /// What its guest knows of each share.
     pub shares: Vec<File>,
     /// How many devices, the last ones, the machine gets that the saved one did not have.
@@ -98,7 +100,13 @@ impl SnapshotFiles {
         let memory = self.memory.try_clone().context("duplicate a file descriptor")?;
         let shares = self.shares.iter().map(File::try_clone).collect::<std::io::Result<_>>();
         let shares = shares.context("duplicate a file descriptor")?;
-        Ok(SnapshotFiles { state: self.state.clone(), memory, shares, added_devices: self.added_devices })
+        Ok(SnapshotFiles {
+            state: self.state.clone(),
+            memory,
+            touched: self.touched.clone(),
+            shares,
+            added_devices: self.added_devices,
+        })
     }
 }
 

@@ -6,6 +6,7 @@
 //! DIR/changed  of a diff snapshot: a bitmap of the pages that `memory` has; all others are those of another snapshot
 //! DIR/disk-N   a copy of disk N, counted from 0, if the snapshot contains it; each machine gets a copy of its own
 //! DIR/share-N  what the guest knows of share N (fs/saved.rs)
+//! DIR/touched  of a warm image: which pages the first run from it has touched (memory/touched.rs); not needed
 //! ```
 //!
 //! The supervisor writes the description, the monitor the state and the memory. Whoever reads a snapshot trusts neither: the
@@ -15,6 +16,7 @@ mod disks;
 mod header;
 mod merge;
 mod read_ahead;
+pub mod touched;
 pub mod warm;
 mod writer;
 
@@ -47,6 +49,7 @@ pub use writer::SnapshotWriter;
 const STATE: &str = SNAPSHOT_STATE;
 const MEMORY: &str = "memory";
 const CHANGED: &str = "changed";
+const TOUCHED: &str = "touched";
 /// The length of an ID in bytes; it is written in hexadecimal.
 const ID_BYTES: usize = 16;
 /// What the names of disks start with.
@@ -129,13 +132,15 @@ pub struct Snapshot {
     pub files: SnapshotFiles,
     /// The disks inside of it.
     pub disks: DisksOfSnapshot,
+    /// Its directory.
+    pub path: PathBuf,
 }
 
 impl Snapshot {
     /// Opens the snapshot in the directory `path`, and checks everything but the state of the machine: that is decoded when the
     /// machine is built. Fails if it is a diff snapshot.
     pub fn open(path: &Path) -> Result<Snapshot> {
-        let Parts { description, state, memory, changed: _, disks, shares } = Parts::open(path)?;
+        let Parts { description, state, memory, changed: _, touched, disks, shares } = Parts::open(path)?;
         if let Some(base) = &description.base {
             bail!(
                 "the snapshot {} has only what has changed since {}: make it whole with `husk merge {0} NEW`",
@@ -143,7 +148,12 @@ impl Snapshot {
                 base.path.display()
             );
         }
-        Ok(Snapshot { description, files: SnapshotFiles { state, memory, shares, added_devices: 0 }, disks })
+        Ok(Snapshot {
+            description,
+            files: SnapshotFiles { state, memory, touched, shares, added_devices: 0 },
+            disks,
+            path: path.to_owned(),
+        })
     }
 }
 
@@ -154,6 +164,8 @@ struct Parts {
     memory: File,
     /// Of a diff snapshot.
     changed: Option<File>,
+    /// Of a warm image from which a machine has started.
+    touched: Option<Vec<u8>>,
     disks: DisksOfSnapshot,
     /// What the guest knows of each share.
     shares: Vec<File>,
@@ -215,7 +227,8 @@ impl Parts {
             shares.push(file);
         }
         let changed = description.base.as_ref().map(|_| open_changed(&open, memory_bytes)).transpose()?;
-        Ok(Parts { description, state: state.to_vec(), memory, changed, disks, shares })
+        let touched = open(TOUCHED).ok().and_then(|file| touched::read(file).ok());
+        Ok(Parts { description, state: state.to_vec(), memory, changed, touched, disks, shares })
     }
 }
 

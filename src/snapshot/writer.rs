@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 
 use super::header::Header;
-use super::{CHANGED, DISK, Description, MEMORY, SHARE, STATE, check_owner, disk_name, share_name};
+use super::{CHANGED, DISK, Description, MEMORY, SHARE, STATE, TOUCHED, check_owner, disk_name, share_name};
 use crate::memory::bitmap_bytes;
 
 /// The file that becomes [`STATE`].
@@ -151,7 +151,13 @@ fn check_replaceable(path: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(path)? {
         match entry?.file_name().into_string() {
             Ok(name) if name == STATE => bail!("it exists: remove it, or choose another directory"),
-            Ok(name) if [MEMORY, CHANGED, NEW_STATE].contains(&&*name) || is_numbered(&name) => left.push(name),
+            Ok(name)
+                if [MEMORY, CHANGED, NEW_STATE].contains(&&*name)
+                    || is_numbered(&name)
+                    || name.starts_with(TOUCHED) =>
+            {
+                left.push(name)
+            }
             _ => bail!("the directory is not empty: choose another one"),
         }
     }

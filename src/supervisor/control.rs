@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ use crate::request::Reply;
 use crate::request::server::Caller;
 use crate::resources::passt::Starter;
 use crate::resources::{Outside, Resources};
+use crate::snapshot::touched;
 use crate::state_dir;
 use crate::sys::SignalFd;
 use crate::sys::resident::IdleTrim;
@@ -78,6 +80,8 @@ pub enum Stdio<'a> {
         log: Log,
         /// If the guest waits for a process instead: where the machine is saved when it does.
         save: Option<&'a Save>,
+        /// The snapshot that the guest has begun in, if it is to get a record of the memory that is touched.
+        recorded: Option<&'a Path>,
     },
 }
 
@@ -106,9 +110,11 @@ pub fn run(
     stdio: Stdio,
     endpoint: &mut ControlEndpoint,
 ) -> Result<ExitReason> {
-    let (mut session, wants_terminal, log, save) = match stdio {
-        Stdio::Console => (None, true, None, None),
-        Stdio::Session { session, takes_keys, log, save } => (Some(session), takes_keys, Some(log), save),
+    let (mut session, wants_terminal, log, save, recorded) = match stdio {
+        Stdio::Console => (None, true, None, None, None),
+        Stdio::Session { session, takes_keys, log, save, recorded } => {
+            (Some(session), takes_keys, Some(log), save, recorded)
+        }
     };
     let (console, sink) = drain::console(log, endpoint)?;
     let (resources, outside) = opened;
@@ -118,7 +124,7 @@ pub fn run(
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let on_terminal = terminal.is_some();
     let mut supervisor = Supervisor::new(&mut monitor, signals, session.as_deref_mut(), endpoint, on_terminal)?;
-    supervisor.save = save;
+    (supervisor.save, supervisor.recorded) = (save, recorded);
     let reason = supervisor.run()?;
     monitor.timings().mark(Step::End);
     monitor.end();
@@ -144,6 +150,7 @@ pub(super) struct Supervisor<'a> {
     on_terminal: bool,
     trim: IdleTrim,
     save: Option<&'a Save>,
+    recorded: Option<&'a Path>,
     /// Who has asked for the program of a process that waits in its container.
     pub(super) starter: Option<Caller>,
     /// The snapshot that is being taken.
@@ -198,6 +205,7 @@ impl<'a> Supervisor<'a> {
             on_terminal,
             trim: IdleTrim::start(),
             save: None,
+            recorded: None,
             starter: None,
             snapshot: None,
             bases,
@@ -251,6 +259,7 @@ impl<'a> Supervisor<'a> {
                             }
                         }
                         self.save_if_waiting()?;
+                        self.record_touched();
                     }
                     Some(Token::ControlEndpoint) => requests::answer(self),
                     // Not on the device's thread, so that only this one starts processes.
@@ -282,6 +291,16 @@ impl<'a> Supervisor<'a> {
             return Ok(());
         };
         self.save_and_end(save)
+    }
+
+    /// Records for later runs which memory this one has touched, once its process has ended.
+    fn record_touched(&mut self) {
+        let has_ended = self.session.as_ref().is_some_and(|session| session.end().is_some());
+        let Some(path) = self.recorded.take_if(|_| has_ended) else { return };
+        let record = self.monitor.touched_pages();
+        if let Err(error) = record.and_then(|record| touched::write(path, &record)) {
+            log::debug!("record the memory that was touched: {error:#}");
+        }
     }
 
     /// Reports that the machine is running, once it is, including its process if it has one, and connects it to its networks.

@@ -154,6 +154,19 @@ impl Mapping {
         Ok(())
     }
 
+    /// Provides the pages of `len_bytes` at `offset_bytes`, both whole pages (madvise(2), since Linux 5.14): as they are, or copies of those of a
+    /// file as if they were `written` to. Parts outside of the mapping are left out.
+    pub fn populate_part(&self, offset_bytes: usize, len_bytes: usize, written: bool) -> io::Result<()> {
+        let start = offset_bytes.min(self.len_bytes);
+        let len_bytes = len_bytes.min(self.len_bytes - start);
+        let advice = if written { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+        // SAFETY: it accesses pages of this mapping without changing their content.
+        match unsafe { libc::madvise(self.start().wrapping_byte_add(start).cast(), len_bytes, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Returns the pages of `len_bytes` at `offset_bytes` to the host; they read as zeroes on the next access. The start is
     /// rounded up and the end rounded down to whole host pages, and parts outside of the mapping are ignored. The result is
     /// the number of bytes.

@@ -129,7 +129,7 @@ impl Guest {
         let output = output_in(&self.log);
         drop(self.dir);
         Saved {
-            files: SnapshotFiles { state, memory, shares: Vec::new(), added_devices: 0 },
+            files: SnapshotFiles { state, memory, touched: None, shares: Vec::new(), added_devices: 0 },
             config: self.config,
             output,
             received,

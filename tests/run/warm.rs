@@ -172,6 +172,30 @@ fn a_snapshot_of_a_waiting_machine_is_for_any_command() {
 }
 
 #[test]
+fn the_memory_that_a_run_touches_is_provided_to_the_next_ones() {
+    let guests = guests!();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("waiting");
+    let record = path.join("touched");
+    let path = path.to_str().unwrap();
+    warm(&guests, &["--output", path]);
+    assert!(!record.exists());
+    let echo = |word: &str| {
+        let ended = finish(plain(&["run", "--from", path, "echo", word]), Vec::new());
+        assert_eq!(ended.expect(0).text(), format!("{word}\n"));
+        fs::read(&record).unwrap()
+    };
+    let touched = echo("one");
+    assert!(!touched.is_empty() && touched.len() % 8 == 0, "{}", touched.len());
+    assert_eq!(echo("two"), touched);
+    // What it says makes no difference to the guest.
+    for changed in [Vec::new(), vec![0xff; 1 << 20], vec![1; 1001]] {
+        fs::write(&record, &changed).unwrap();
+        assert_eq!(echo("three"), changed);
+    }
+}
+
+#[test]
 fn a_damaged_warm_image_only_costs_time() {
     let guests = guests!();
     let path = warm(&guests, &["--cpus", "2"]);

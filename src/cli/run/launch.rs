@@ -58,9 +58,10 @@ impl Run {
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
         let (source, start) = match warm {
-            Some(Snapshot { description, files, .. }) => {
+            Some(Snapshot { description, files, path, .. }) => {
                 let (overlay, run) = spec.begin(&description.config.networks)?;
-                (Source::Snapshot(files), Start::Begin(overlay, run, self.docker.attached()))
+                let unrecorded = files.touched.is_none().then_some(path);
+                (Source::Snapshot(files), Start::Begin(overlay, run, self.docker.attached(), unrecorded))
             }
             None => {
                 let initramfs = spec.initramfs(kernel, config.virtio_bus())?;

@@ -1,5 +1,6 @@
 //! Runs a machine whose guest has husk's init, with the streams, signals and terminal of its process.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -40,8 +41,9 @@ pub enum Start {
         /// Whether it has a terminal.
         terminal: bool,
     },
-    /// It waits for this one, with this writable layer, which gets these streams of this process.
-    Begin(Overlay, Box<Run>, Attached),
+    /// It waits for this one, with this writable layer, which gets these streams of this process. Then a record of the memory that it
+    /// has touched is added to this snapshot, if that has none.
+    Begin(Overlay, Box<Run>, Attached, Option<PathBuf>),
     /// It had it when the machine was saved.
     Resume {
         /// What had arrived of its outputs.
@@ -82,7 +84,7 @@ pub fn run(
     let _ = std::fs::remove_file(&service);
     let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
     let attached = match &start {
-        Start::Boot { attached, .. } | Start::Begin(_, _, attached) => *attached,
+        Start::Boot { attached, .. } | Start::Begin(_, _, attached, _) => *attached,
         Start::Contained { .. } | Start::Resume { .. } | Start::Wait(_) => Attached::default(),
     };
     let endpoints = match endpoint.hub().cloned() {
@@ -94,7 +96,7 @@ pub fn run(
         Start::Boot { stdin, terminal, .. }
         | Start::Contained { stdin, terminal }
         | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
-        Start::Begin(_, run, _) => (run.process.stdin, run.process.terminal.is_some()),
+        Start::Begin(_, run, _, _) => (run.process.stdin, run.process.terminal.is_some()),
         Start::Wait(_) => (false, false),
     };
     let timings = timings.clone();
@@ -108,7 +110,7 @@ pub fn run(
         Start::Resume { received, change, .. } => {
             (Session::resumed(listener, *received, terminal, change.clone(), endpoints, timings.clone())?, None)
         }
-        Start::Begin(overlay, run, _) => {
+        Start::Begin(overlay, run, _, _) => {
             (Session::beginning(listener, overlay.clone(), run.clone(), endpoints, timings.clone())?, None)
         }
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
@@ -120,7 +122,11 @@ pub fn run(
     let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
     let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
     let tail = log.tail();
-    let stdio = Stdio::Session { session: &mut session, takes_keys, log, save };
+    let recorded = match &start {
+        Start::Begin(_, _, _, snapshot) => snapshot.as_deref(),
+        _ => None,
+    };
+    let stdio = Stdio::Session { session: &mut session, takes_keys, log, save, recorded };
     let reason = supervisor::run(config, opened, timings, signals, stdio, endpoint)?;
     Ok(Ended { process: session.end().cloned(), reason, tail, told_already: verbose })
 }
