@@ -129,6 +129,28 @@ fn two_machines_work_in_one_folder() {
 }
 
 #[test]
+fn what_is_written_later_is_on_the_host_when_the_file_is_closed() {
+    let guests = guests!();
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("host"), "0123456789").unwrap();
+    let script = "cd /work; echo one >log; echo two >>log; printf xy | dd of=host bs=1 seek=3 conv=notrunc 2>/dev/null
+        i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done >many; touch done; read line; cat log host; wc -l <many";
+    let work = volume(dir.path(), "/work:cache=writeback");
+    let mut husk = husk_run(&guests, &["-i", "-v", &work, archive(), "sh", "-c", script]);
+    let mut child = husk.stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let deadline = std::time::Instant::now() + crate::TIMEOUT;
+    while !dir.path().join("done").exists() {
+        assert!(std::time::Instant::now() < deadline && child.try_wait().unwrap().is_none());
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    assert_eq!((read("log").as_str(), read("host").as_str()), ("one\ntwo\n", "012xy56789"));
+    assert!(read("many").ends_with("line 299\n") && read("many").lines().count() == 300);
+    drop(child.stdin.take());
+    assert_eq!(crate::wait(child).expect(0).text(), "one\ntwo\n012xy56789300\n");
+}
+
+#[test]
 fn a_volume_keeps_its_files_until_it_is_removed() {
     let guests = guests!();
     shell(&guests, &["-v", "tests-data:/data"], "echo kept >/data/f").expect(0);
