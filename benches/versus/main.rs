@@ -5,6 +5,7 @@
 //! advances by 1 ms per million instructions, so one run is enough; VM exits are counted as well.
 
 mod exits;
+mod restored;
 mod table;
 mod vmms;
 
@@ -13,7 +14,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use exits::{Count, Exits};
-use vmms::Vmm;
+use vmms::{Kind, Vmm};
 
 /// The first line that the guest's init prints.
 const PID1: &str = "pid1=up";
@@ -112,12 +113,16 @@ fn parts() -> Result<Parts, String> {
 fn measure(vmm: &Vmm) -> Result<Run, String> {
     let [program, arguments @ ..] = &*vmm.command else { return Err("no program".to_owned()) };
     let start = Instant::now();
+    let (stdin, typed) = vmm.answers.as_ref().map_or(Ok((Stdio::null(), None)), restored::Answers::input)?;
     let mut child = Command::new(program)
         .args(arguments)
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|error| format!("{program}: {error}"))?;
+    if let Some(request) = vmm.answers.as_ref().and_then(|answers| answers.request.as_ref()) {
+        request.send()?;
+    }
     let mut to_pid1 = None;
     let mut printed = String::new();
     for line in child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok) {
@@ -129,22 +134,27 @@ fn measure(vmm: &Vmm) -> Result<Run, String> {
     }
     let status = child.wait().map_err(|error| error.to_string())?;
     let to_exit = start.elapsed();
+    drop(typed);
     match to_pid1 {
         Some(to_pid1) if status.success() => Ok(Run { to_pid1, to_exit }),
         _ => Err(format!("exited with {status} and printed:\n{printed}")),
     }
 }
 
-/// Prints husk's shares by the median ratio of adjacent runs, because most of the noise affects both.
+/// Prints husk's shares by the median ratio of adjacent runs, because most of the noise affects both. Returns whether husk
+/// was the fastest to boot.
 fn report(vmms: &[Vmm], results: &[Results]) -> bool {
-    let [husk, others @ ..] = results else { return false };
     let mut faster = true;
-    for (name, part) in PARTS {
-        for (vmm, other) in vmms.iter().skip(1).zip(others).filter(|(vmm, _)| vmm.boots_same_guest) {
-            let pairs = husk.runs.iter().zip(&other.runs);
-            let ratio = median(pairs.map(|(h, o)| part(h).as_secs_f64() / part(o).as_secs_f64()).collect());
-            println!("{name}, husk's share of {}: {ratio:.2}", vmm.name);
-            faster &= ratio < 1.0;
+    for kind in [Kind::Boot, Kind::Restore] {
+        let mut rows = vmms.iter().zip(results).filter(|(vmm, _)| vmm.kind == kind);
+        let Some((husk, ours)) = rows.next() else { continue };
+        for (name, part) in PARTS {
+            for (vmm, theirs) in rows.clone() {
+                let pairs = ours.runs.iter().zip(&theirs.runs);
+                let ratio = median(pairs.map(|(h, o)| part(h).as_secs_f64() / part(o).as_secs_f64()).collect());
+                println!("{name}, {}'s share of {}: {ratio:.2}", husk.name, vmm.name);
+                faster &= kind != Kind::Boot || ratio < 1.0;
+            }
         }
     }
     println!("husk is {}", if faster { "the fastest" } else { "not the fastest" });

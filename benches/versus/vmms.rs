@@ -2,18 +2,31 @@
 
 use std::process::{Command, Stdio};
 
+use crate::restored::{self, Answers};
 use crate::{PID1, Parts, setting};
 
 /// Makes the guest quiet and stops it at once. husk's own parameters are left out, so that all have the same.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests pci=off swiotlb=noforce -- none";
+
+/// What a row is compared with: husk's row of the same kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The boot of the same guest in each VMM.
+    Boot,
+    /// The same guest in each VMM, saved and restored.
+    Restore,
+    /// A command in an image. These differ too much to be compared.
+    Run,
+}
 
 /// A VMM and its command line.
 pub struct Vmm {
     pub name: &'static str,
     pub version: String,
     pub command: Vec<String>,
-    /// Whether it boots the same guest as the others, and is compared with them.
-    pub boots_same_guest: bool,
+    pub kind: Kind,
+    /// How a saved guest is made to answer.
+    pub answers: Option<Answers>,
 }
 
 /// husk, QEMU's microvm, and those whose programs were given.
@@ -30,22 +43,22 @@ pub fn all(parts: &Parts) -> Result<Vec<Vmm>, String> {
         vmms.push(vmm("Cloud Hypervisor", &program, cloud_hypervisor(parts, &program)));
     }
     if let Ok(root) = setting("VERSUS_ROOT") {
-        vmms.push(Vmm {
-            boots_same_guest: false,
-            ..vmm("husk run", &husk_program, husk_run(parts, &husk_program, &root))
-        });
+        vmms.push(Vmm { kind: Kind::Run, ..vmm("husk run", &husk_program, husk_run(parts, &husk_program, &root)) });
         let warm = make_warm(parts, &husk_program, &root)?;
         let command = words(&[&husk_program, "run", "--network", "none", "--from", &warm, "echo", PID1]);
-        vmms.push(Vmm { boots_same_guest: false, ..vmm("husk run, warm", &husk_program, command) });
+        vmms.push(Vmm { kind: Kind::Run, ..vmm("husk run, warm", &husk_program, command) });
         let (crun, bundle) = (setting("VERSUS_CRUN")?, setting("VERSUS_BUNDLE")?);
         let command = words(&[&crun, "run", "--bundle", &bundle, "versus"]);
-        vmms.push(Vmm { boots_same_guest: false, ..vmm("crun run", &crun, command) });
+        vmms.push(Vmm { kind: Kind::Run, ..vmm("crun run", &crun, command) });
+    }
+    if std::env::var_os("VERSUS_RESTORE").is_some() {
+        vmms.extend(restored::all(parts, &husk_program)?);
     }
     Ok(vmms)
 }
 
-fn vmm(name: &'static str, program: &str, command: Vec<String>) -> Vmm {
-    Vmm { name, version: version(program), command, boots_same_guest: true }
+pub fn vmm(name: &'static str, program: &str, command: Vec<String>) -> Vmm {
+    Vmm { name, version: version(program), command, kind: Kind::Boot, answers: None }
 }
 
 /// The first word of `--version` that starts with a number, as in `QEMU emulator version 7.2.22` and `Firecracker v1.2.3`.
@@ -57,7 +70,7 @@ fn version(program: &str) -> String {
     word.trim_start_matches('v').to_owned()
 }
 
-fn husk(parts: &Parts, husk: &str) -> Vec<String> {
+pub fn husk(parts: &Parts, husk: &str) -> Vec<String> {
     let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
     let memory = format!("{memory_mib}M");
     words(&[
@@ -106,15 +119,21 @@ fn machine(parts: &Parts, husk: &str, command: &str, rest: &[&str]) -> Vec<Strin
 /// It exits when the guest resets through the keyboard controller, but not when it powers off. Its serial console is its
 /// standard output. It reads its configuration from a file.
 fn firecracker(parts: &Parts, firecracker: &str) -> Result<Vec<String>, String> {
+    let path = firecracker_config(parts, "reboot")?;
+    Ok(words(&[firecracker, "--no-api", "--config-file", &path]))
+}
+
+/// Writes the configuration of a guest that does `job`, and returns its path.
+pub fn firecracker_config(parts: &Parts, job: &str) -> Result<String, String> {
     let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
-    let cmdline = CMDLINE.replace("-- none", "reboot=k -- reboot");
-    let path = std::env::temp_dir().join("versus-firecracker.json");
+    let cmdline = CMDLINE.replace("-- none", &format!("reboot=k -- {job}"));
+    let path = std::env::temp_dir().join(format!("versus-firecracker-{job}.json"));
     let text = format!(
         r#"{{"boot-source": {{"kernel_image_path": "{kernel}", "initrd_path": "{initrd}", "boot_args": "{cmdline}"}},
             "drives": [], "machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": {memory_mib}}}}}"#
     );
     std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
-    Ok(words(&[firecracker, "--no-api", "--config-file", &path.display().to_string()]))
+    Ok(path.display().to_string())
 }
 
 fn cloud_hypervisor(parts: &Parts, cloud_hypervisor: &str) -> Vec<String> {
@@ -176,6 +195,6 @@ fn qemu(parts: &Parts, qemu: &str) -> Vec<String> {
     ])
 }
 
-fn words(words: &[&str]) -> Vec<String> {
+pub fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
