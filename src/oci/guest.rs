@@ -12,7 +12,7 @@ use husk_protocol::{
 use rustix::fs::{major, minor, statfs};
 
 use super::config::{self, Config};
-use super::machine::guest_limits;
+use super::machine::first_limits;
 use super::pod::Pod;
 use crate::guest::{capability, process};
 
@@ -76,11 +76,9 @@ pub fn container(id: &str, config: &Config, bundle: &Path, pod: Option<&Pod>) ->
         masked_paths: config.linux.masked_paths.iter().map(|path| path.clone().into_bytes()).collect(),
         readonly_paths: config.linux.readonly_paths.iter().map(|path| path.clone().into_bytes()).collect(),
         sysctls: config.linux.sysctl.iter().map(|(name, value)| (name.clone(), value.clone())).collect(),
-        limits: guest_limits(&config.linux.resources, pod.is_some()),
+        limits: first_limits(&config.linux.resources, pod.is_some()),
         ..Container::default()
     };
-    // A cgroup begins without any.
-    container.limits.retain(|(_, value)| !value.starts_with("max"));
     let mut binds = Vec::new();
     for mount in &config.mounts {
         let what = || format!("mount {}", mount.destination);

@@ -138,6 +138,19 @@ pub fn guest_limits(resources: &Resources, is_one_of_several: bool) -> Vec<(Stri
     limited.into_iter().chain(others.into_iter().filter_map(|(name, value)| named(name, value))).collect()
 }
 
+/// The same for its cgroup when it is created, which has no limits then. Memory and processes of one of several are counted in any case,
+/// for which the guest enables what limits them.
+pub fn first_limits(resources: &Resources, is_one_of_several: bool) -> Vec<(String, String)> {
+    let mut limits = guest_limits(resources, is_one_of_several);
+    limits.retain(|(_, value)| !value.starts_with("max"));
+    for name in ["memory.max", "pids.max"].into_iter().filter(|_| is_one_of_several) {
+        if !limits.iter().any(|(limited, _)| limited == name) {
+            limits.push((name.to_owned(), "max".to_owned()));
+        }
+    }
+    limits
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,6 +200,9 @@ mod tests {
         let all = ["pids.max=max", "memory.max=4096", "cpu.max=max 100000", "cpu.weight=39"];
         assert_eq!(named(guest_limits(&given, true)), all);
         assert!(guest_limits(&resources("{}"), true).is_empty());
+        assert_eq!(named(first_limits(&given, true)), ["memory.max=4096", "cpu.weight=39", "pids.max=max"]);
+        assert_eq!(named(first_limits(&resources("{}"), true)), ["memory.max=max", "pids.max=max"]);
+        assert!(first_limits(&given, false).is_empty());
     }
 
     #[test]
