@@ -14,6 +14,7 @@ pub mod gate;
 pub mod guest;
 pub mod hooks;
 pub mod machine;
+pub mod oom;
 pub mod pod;
 pub mod share;
 pub mod state;

@@ -5,6 +5,7 @@
 //! ROOT/ID/config.json   the configuration at that time
 //! ROOT/ID/hook.json     the process that a startContainer hook is in the container
 //! ROOT/ID/share/        where the share of its machine is assembled, if that is its own
+//! ROOT/ID/oom           there if processes of it were killed because memory was short
 //! ROOT/ID/start         where it waits to be started, if it is not the first of its machine
 //! ```
 

@@ -223,6 +223,11 @@ impl ControlEndpoint {
         Ok(())
     }
 
+    /// Whether the guest's kernel has killed processes because memory was short.
+    pub fn ran_out_of_memory(&self) -> bool {
+        self.record.oom_killed
+    }
+
     /// Notes that the guest's kernel has killed processes because memory was short.
     pub(super) fn note_out_of_memory(&mut self) -> Result<()> {
         if self.out_of_memory_rate.allows() {

@@ -67,6 +67,16 @@ pub fn join_container(id: &str) {
     }
 }
 
+/// Whether the kernel has killed processes of a container because memory was short.
+pub fn ran_out_of_memory(id: &str) -> bool {
+    fs::read_to_string(container(id).join("memory.events")).is_ok_and(|events| has_kills(&events))
+}
+
+fn has_kills(events: &str) -> bool {
+    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.parse::<u64>().ok()).is_some_and(|count| count > 0)
+}
+
 /// Kills all processes of a container.
 pub fn kill_container(id: &str) {
     let _ = fs::write(container(id).join("cgroup.kill"), "1");
@@ -114,4 +124,17 @@ fn with_files(mut words: impl Iterator<Item = OsString>, act: impl Fn(&Path, &st
     let dir = container(&id.to_string_lossy());
     let failed = words.filter_map(|word| act(&dir, &word.to_string_lossy()).err()).inspect(|why| eprintln!("{why}"));
     i32::from(failed.count() > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kills_for_want_of_memory_are_counted_by_the_cgroup() {
+        assert!(has_kills("low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 0\n"));
+        for none in ["max 9\noom 1\noom_kill 0\noom_group_kill 3\n", "oom_kill x\n", ""] {
+            assert!(!has_kills(none), "{none}");
+        }
+    }
 }

@@ -245,6 +245,10 @@ impl Session {
         });
         (self.pid, self.input, self.terminal) = (None, None, None);
         if let Some(id) = &self.container {
+            // The main session tells it of the whole machine.
+            if self.id != MAIN_SESSION && cgroup::ran_out_of_memory(id) {
+                self.control.say(&ToHost::OutOfMemory);
+            }
             containers.remove(id);
         }
         true

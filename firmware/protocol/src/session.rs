@@ -162,7 +162,8 @@ pub enum ToHost {
     /// The container of the session is created. Its process has this PID, and executes its program when it is told
     /// [to go](ToGuest::Go).
     Created(u32),
-    /// The kernel has killed one or more processes because memory was short. Only in the main session.
+    /// The kernel has killed one or more processes because memory was short: of the machine in the main session, and of its container in
+    /// another one, whose process has ended.
     OutOfMemory,
 }
 

@@ -14,6 +14,7 @@ use crate::guest::exec::{self, End, Moments};
 use crate::oci::config::Config;
 use crate::oci::gate::{self, Gate};
 use crate::oci::guest::Bind;
+use crate::oci::oom::Mark;
 use crate::oci::pod::Pod;
 use crate::oci::share::Files;
 use crate::oci::state::{Dir, Root, State};
@@ -49,7 +50,8 @@ impl Member<'_> {
         let mounts = container.mounts.clone();
         let connections = exec::request_creation(&machine.file(state_dir::VSOCK), container, &process)?.connect()?;
         let state = State { machine: Some(machine.id.clone()), ..self.dir.state()? };
-        let mut life = Life { dir: self.dir, state, binds, mounts, channel, gate: None, starter: None };
+        let mark = Mark::of(self.dir)?;
+        let mut life = Life { dir: self.dir, state, binds, mounts, channel, gate: None, starter: None, mark };
         match exec::run_contained(connections, &signals, process.terminal.is_some(), &mut life)? {
             // As if it had been killed by whoever has ended the machine.
             End::Lost => Ok(Exit::Signal(libc::SIGKILL as u8)),
@@ -67,6 +69,7 @@ struct Life<'a> {
     channel: &'a Channel,
     gate: Option<Gate>,
     starter: Option<UnixStream>,
+    mark: Mark,
 }
 
 impl Moments for Life<'_> {
@@ -86,6 +89,10 @@ impl Moments for Life<'_> {
     fn ordered(&mut self) -> Result<()> {
         self.starter = self.gate.take().map(Gate::open).transpose()?;
         Ok(())
+    }
+
+    fn ran_out_of_memory(&mut self) -> Result<()> {
+        self.mark.set()
     }
 
     fn started(&mut self, failure: Option<&str>) -> Result<()> {

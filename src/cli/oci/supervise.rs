@@ -37,6 +37,8 @@ use crate::guest::network::{InterfaceSetup, NetworkSetup};
 use crate::oci::cgroup;
 use crate::oci::config::Config;
 use crate::oci::machine::Shape;
+use crate::oci::oom::Mark;
+use crate::oci::pod;
 use crate::oci::share::Files;
 use crate::oci::state::{Dir, ProcessId, Root, State};
 use crate::oci::{guest, share};
@@ -230,6 +232,10 @@ impl Machine<'_> {
         let start = Start::Contained { stdin: true, terminal };
         let ended = session::run(&config, opened, start, &mut endpoint, self.signals, &timings);
         let was_created = endpoint.is_created();
+        // Those of a pod are told apart, and its sandbox does nothing.
+        if endpoint.ran_out_of_memory() && !pod::is_sandbox(self.config) {
+            Mark::of(self.dir)?.set()?;
+        }
         let code = ended.as_ref().map_or(1, |ended| ended.code());
         endpoint.close(code, None)?;
         let ended = ended?;

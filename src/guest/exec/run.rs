@@ -44,6 +44,11 @@ pub trait Moments {
         Ok(())
     }
 
+    /// The guest's kernel has killed processes of its container because memory was short.
+    fn ran_out_of_memory(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// It is running, or it is not, for this reason.
     fn started(&mut self, failure: Option<&str>) -> Result<()>;
 }
@@ -135,6 +140,9 @@ impl<'a> Attended<'a> {
             moments.created()?;
             self.awaited = moments.order();
             self.awaited.map_or(Ok(()), |fd| self.watch(fd))?;
+        }
+        if self.session.take_out_of_memory() {
+            moments.ran_out_of_memory()?;
         }
         let failure = match self.session.end() {
             Some(ToHost::Failed { message, .. }) => Some(message.clone()),
