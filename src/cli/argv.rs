@@ -7,6 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Write, stdin};
+use std::iter::once;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::OnceLock;
 
@@ -25,13 +26,19 @@ static ARGV: OnceLock<Vec<OsString>> = OnceLock::new();
 
 /// The name by which husk is an OCI runtime.
 const OCI_NAME: &str = "husk-oci";
+/// The name by which husk is a shim of containerd, for the runtime io.containerd.husk.v2.
+pub const SHIM_NAME: &str = "containerd-shim-husk-v2";
 
 /// Determines the arguments, without the program's name. Must be called once, before standard input is read and before
 /// other threads are started. Fails if arguments from the pipe are incomplete.
 pub fn read() -> Result<&'static [OsString]> {
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
-    if std::env::args_os().next().is_some_and(|name| Path::new(&name).file_name() == Some(OsStr::new(OCI_NAME))) {
-        words.insert(0, "oci".into());
+    let path = std::env::args_os().next().unwrap_or_default();
+    match Path::new(&path).file_name().and_then(OsStr::to_str) {
+        Some(OCI_NAME) => words.insert(0, "oci".into()),
+        // containerd writes flags as Go does.
+        Some(SHIM_NAME) => words = once("shim".into()).chain(words.into_iter().map(with_two_dashes)).collect(),
+        _ => {}
     }
     if words.get(1).is_some_and(|word| word == IN_BACKGROUND) {
         let read = || -> Result<Vec<OsString>> {
@@ -48,6 +55,15 @@ pub fn read() -> Result<&'static [OsString]> {
         words.splice(place..place, added);
     }
     Ok(ARGV.get_or_init(|| spell_out(words)))
+}
+
+/// `-flag` as `--flag`.
+fn with_two_dashes(word: OsString) -> OsString {
+    match word.as_bytes() {
+        b"-v" => "--version".into(),
+        [b'-', letter, _, ..] if *letter != b'-' => [OsString::from("-"), word].into_iter().collect(),
+        _ => word,
+    }
 }
 
 /// Replaces `-vv`, `-vvv` and so on among husk's options, and right behind the command, by as many `--verbose`: `-v` alone is a
@@ -156,6 +172,15 @@ mod tests {
             ("run -vva:/b x", "run -vva:/b x"),
         ] {
             assert_eq!(spell_out(words(typed)), words(meant), "{typed}");
+        }
+    }
+
+    #[test]
+    fn flags_of_containerd_have_one_dash() {
+        for (written, meant) in
+            [("-namespace", "--namespace"), ("--id", "--id"), ("-v", "--version"), ("start", "start"), ("-", "-")]
+        {
+            assert_eq!(with_two_dashes(written.into()), meant, "{written}");
         }
     }
 

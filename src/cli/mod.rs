@@ -60,6 +60,7 @@ pub mod rmi;
 pub mod run;
 pub mod save;
 mod selection;
+mod shim;
 mod signal;
 mod size;
 pub mod snapshot;
@@ -225,6 +226,9 @@ enum Command {
     Network(networks::Networks),
     /// Run containers of container engines in machines, as an OCI runtime
     Oci(Box<oci::Oci>),
+    /// A shim of containerd, which calls husk containerd-shim-husk-v2.
+    #[command(hide = true)]
+    Shim(shim::Shim),
     /// Benchmark machines against containers and the bare host
     Bench(bench::Bench),
     /// Check whether this host can run machines, and suggest fixes
@@ -264,6 +268,7 @@ impl Cli {
             Command::Run(run) => run.take_verbosity(),
             Command::Create(create) => create.take_verbosity(),
             Command::Oci(oci) => oci.verbosity(),
+            Command::Shim(shim) => shim.verbosity(),
             _ => 0,
         };
         logger::init(self.verbose.saturating_add(more));
@@ -322,6 +327,7 @@ impl Cli {
             Command::Volume(volume) => volume.run(),
             Command::Network(networks) => networks.run(),
             Command::Oci(oci) => oci.run(),
+            Command::Shim(shim) => shim.run(),
             Command::Bench(bench) => bench.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::System(system) => system.run(),

@@ -133,6 +133,11 @@ fn flags() -> impl Iterator<Item = &'static (&'static str, u64, bool)> {
     process::MOUNT_FLAGS.iter().chain(&MORE_FLAGS)
 }
 
+/// The flag of mount(2) that an option of mounts stands for, and whether it sets or clears it.
+pub fn flag_of(option: &str) -> Option<(u64, bool)> {
+    flags().find(|(name, _, _)| *name == option).map(|(_, bits, sets)| (*bits, *sets))
+}
+
 /// The options of mounts that are known, besides those of file systems.
 pub fn mount_options() -> Vec<&'static str> {
     flags().map(|(name, _, _)| *name).chain(PROPAGATIONS).chain(["tmpcopyup"]).collect()

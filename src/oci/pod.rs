@@ -49,6 +49,11 @@ pub fn is_sandbox(config: &Config) -> bool {
     TYPES.iter().any(|name| config.annotations.get(*name).is_some_and(|kind| kind == SANDBOX))
 }
 
+/// The ID of the pod of Kubernetes that a container of containerd is in, which is that of its sandbox.
+pub fn sandbox_id(config: &Config) -> Option<&str> {
+    config.annotations.get(SANDBOX_IDS[0]).map(String::as_str)
+}
+
 /// Whether other containers run in the machine of the container `id`.
 pub fn has_others(root: &Root, id: &str) -> Result<bool> {
     let is_other = |state: &State| state.pod.as_ref().is_some_and(|pod| pod.sandbox == id);

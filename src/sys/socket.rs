@@ -94,6 +94,12 @@ pub fn receive_with_fd(socket: &UnixDatagram, bytes: &mut [u8]) -> io::Result<(u
     Ok((len, file.map(OwnedFd::from)))
 }
 
+/// Receives bytes of a stream, with the descriptor sent with them, if any. Returns their number: 0 at the end.
+pub fn receive_with_fd_over(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let (len, file) = stream.recv_with_fd(bytes)?;
+    Ok((len, file.map(OwnedFd::from)))
+}
+
 /// Sends a message and copies of `fds` (unix(7), SCM_RIGHTS).
 pub fn send_with_fds<const N: usize>(socket: &UnixDatagram, bytes: &[u8], fds: [BorrowedFd<'_>; N]) -> io::Result<()> {
     Ok(socket.send_with_fds(&[bytes], &fds.map(|fd| fd.as_raw_fd())).map(drop)?)

@@ -37,8 +37,9 @@ impl Daemon {
         let _ = symlink(guests, runtime.path("cache/kernels"));
         let log = runtime.path(log);
         let file = File::create(&log).unwrap();
-        // Of the environment, only what an init gives.
-        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HUSK_CACHE", runtime.path("cache"));
+        // Of the environment, only what an init gives, and where husk's shim is.
+        let path = format!("{}:{}", runtime.dir.path().display(), std::env::var("PATH").unwrap());
+        command.env_clear().env("PATH", path).env("HUSK_CACHE", runtime.path("cache"));
         command.env("TMPDIR", runtime.dir.path());
         let child = command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file).spawn().unwrap();
         Daemon { child, log }
@@ -84,6 +85,14 @@ pub fn archive(runtime: &Runtime) -> PathBuf {
 
 fn tar(archive: &Path, dir: &Path) {
     finish(Command::new("tar").arg("cf").arg(archive).arg("-C").arg(dir).arg(".")).expect(0);
+}
+
+/// Kills the daemon, which leaves what it has started.
+impl Daemon {
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
 }
 
 /// The cgroup of an engine's containers, named like the test's directory.

@@ -14,6 +14,7 @@ mod pod;
 mod podman;
 mod podman_pod;
 mod rootless;
+mod shim;
 mod upkeep;
 
 use std::fs;
@@ -28,9 +29,9 @@ use tempfile::TempDir;
 
 /// Longer than anything here takes, even emulated on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(120);
-const APPLETS: [&str; 24] = [
+const APPLETS: [&str; 25] = [
     "sh", "ls", "cat", "id", "echo", "sleep", "mount", "ps", "touch", "stat", "hostname", "kill", "tty", "mkdir",
-    "grep", "ip", "ping", "nproc", "env", "nc", "printf", "readlink", "true", "test",
+    "grep", "ip", "ping", "nproc", "env", "nc", "printf", "readlink", "true", "test", "stty",
 ];
 
 /// Starts a test that needs root and guests.
@@ -82,7 +83,9 @@ impl Runtime {
     fn new(guests: &Path) -> Runtime {
         let dir = tempfile::tempdir().unwrap();
         let husk = std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into());
-        symlink(fs::canonicalize(husk).unwrap(), dir.path().join("husk-oci")).unwrap();
+        for name in ["husk-oci", "containerd-shim-husk-v2"] {
+            symlink(fs::canonicalize(&husk).unwrap(), dir.path().join(name)).unwrap();
+        }
         make_root(&dir.path().join("rootfs"));
         fs::create_dir(dir.path().join("bundle")).unwrap();
         Runtime { dir, kernel: guests.join("micro/vmlinux") }

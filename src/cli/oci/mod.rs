@@ -11,6 +11,7 @@ mod kill;
 mod list;
 mod log;
 mod member;
+pub(super) mod operations;
 mod pause;
 mod ps;
 mod spec;

@@ -6,7 +6,7 @@ use clap::Args;
 use super::{Flags, cgroup};
 use crate::cli::machines;
 use crate::oci::pod;
-use crate::oci::state::{State, Status};
+use crate::oci::state::{Root, State, Status};
 use crate::request::Request;
 
 #[derive(Debug, Args)]
@@ -18,23 +18,23 @@ pub(super) struct Pause {
 
 impl Pause {
     pub(super) fn pause(self, flags: &Flags) -> Result<()> {
-        self.request(flags, Status::Running, "running", &Request::Pause)
+        set_paused(&flags.root()?, &self.id, true)
     }
 
     pub(super) fn resume(self, flags: &Flags) -> Result<()> {
-        self.request(flags, Status::Paused, "paused", &Request::Unpause)
+        set_paused(&flags.root()?, &self.id, false)
     }
+}
 
-    fn request(&self, flags: &Flags, needed: Status, name: &str, request: &Request) -> Result<()> {
-        let root = flags.root()?;
-        let (dir, state) = root.open(&self.id)?;
-        ensure!(state.status(&dir) == needed, "container {} is not {name}", self.id);
-        let is_frozen = matches!(request, Request::Pause);
-        if state.is_frozen || state.pod.is_some() || is_frozen && pod::has_others(&root, &self.id)? {
-            // Its processes only: the machine is others' as well.
-            cgroup::write(&state, &[("cgroup.freeze".into(), u8::from(is_frozen).to_string())])?;
-            return dir.write(&State { is_frozen, ..state });
-        }
-        machines::request(&state.machine()?, request)
+/// Pauses the container `id`, or resumes it.
+pub fn set_paused(root: &Root, id: &str, is_frozen: bool) -> Result<()> {
+    let needed = if is_frozen { Status::Running } else { Status::Paused };
+    let (dir, state) = root.open(id)?;
+    ensure!(state.status(&dir) == needed, "container {id} is not {needed}");
+    if state.is_frozen || state.pod.is_some() || is_frozen && pod::has_others(root, id)? {
+        // Its processes only: the machine is others' as well.
+        cgroup::write(&state, &[("cgroup.freeze".into(), u8::from(is_frozen).to_string())])?;
+        return dir.write(&State { is_frozen, ..state });
     }
+    machines::request(&state.machine()?, if is_frozen { &Request::Pause } else { &Request::Unpause })
 }

@@ -229,6 +229,41 @@ pub struct ContainerStatus {
     pub state: i32,
     #[prost(int32, tag = "7")]
     pub exit_code: i32,
+    #[prost(string, tag = "10")]
+    pub reason: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Number {
+    #[prost(uint64, tag = "1")]
+    pub value: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct CpuUsage {
+    #[prost(message, optional, tag = "2")]
+    pub used_ns: Option<Number>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct MemoryUsage {
+    /// In bytes.
+    #[prost(message, optional, tag = "2")]
+    pub working_set: Option<Number>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ContainerStats {
+    #[prost(message, optional, tag = "2")]
+    pub cpu: Option<CpuUsage>,
+    #[prost(message, optional, tag = "3")]
+    pub memory: Option<MemoryUsage>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ContainerStatsResponse {
+    #[prost(message, optional, tag = "1")]
+    pub stats: Option<ContainerStats>,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -49,10 +49,8 @@ conf_dir = {networks:?}
 [plugins."io.containerd.grpc.v1.cri".containerd]
 default_runtime_name = {HANDLER:?}
 {}
-Root = {:?}
 "#,
-            handler(&runtime),
-            runtime.path("state")
+            handler(),
         );
         let client = Client::new(&runtime.path("socket"));
         Node { containerd: Containerd::start(runtime, &lines, "k8s.io"), client }
@@ -94,17 +92,14 @@ Root = {:?}
     }
 
     fn leaves_nothing(&self) {
-        self.containerd.runtime.nothing_is_left_in(&self.containerd.runtime.path("state/k8s.io"));
+        self.containerd.leaves_nothing();
         expect_no_cgroups_in(&cgroup_of(&self.containerd.runtime));
     }
 }
 
-/// The configuration of the handler in the guide, which ends with its options, for the husk that is tested.
-fn handler(runtime: &Runtime) -> String {
-    let lines = GUIDE.split("```").find_map(|block| block.strip_prefix("toml\n")).unwrap();
-    let installed = "/usr/local/bin/husk-oci";
-    assert!(lines.contains(installed), "{lines}");
-    lines.replace(installed, runtime.path("husk-oci").to_str().unwrap())
+/// The configuration of the handler in the guide.
+fn handler() -> &'static str {
+    GUIDE.split("```").find_map(|block| block.strip_prefix("toml\n")).unwrap()
 }
 
 /// A node, if containerd is there.

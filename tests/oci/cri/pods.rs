@@ -96,9 +96,12 @@ fn the_containers_of_a_pod_are_in_one_machine() {
     let list: ListContainersResponse = node.call("ListContainers", &Empty {});
     assert!(list.containers.len() == 2 && list.containers.iter().all(|container| container.state == RUNNING));
 
+    are_counted_by_themselves(&pod, &client);
+
     // One stops and is started again, as a kubelet does it, and the other one stays.
     let _: Empty = node.call("StopContainer", &StopContainerRequest { container_id: server.id.clone(), timeout: 60 });
-    assert_eq!(pod.await_exit(&server).exit_code, 3);
+    let ended = pod.await_exit(&server);
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
     assert_eq!(pod.exec(&client, "true").1, 0);
     let again = pod.start("server", 1, script, |_| {});
     let _: Empty = node.call("RemoveContainer", &server);
@@ -106,7 +109,8 @@ fn the_containers_of_a_pod_are_in_one_machine() {
     is_killed_at_its_limit(&pod);
     // Whoever ignores the signal is killed after the time that it gets.
     let _: Empty = node.call("StopContainer", &StopContainerRequest { container_id: client.id.clone(), timeout: 1 });
-    assert_eq!(pod.await_exit(&client).exit_code, 137);
+    let ended = pod.await_exit(&client);
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "Error"));
     assert_eq!(pod.status(&again).state, RUNNING);
 
     let _: Empty = node.call("StopPodSandbox", &pod.id);
@@ -141,6 +145,23 @@ fn have_their_own(pod: &Pod, server: &Id, client: &Id) {
     assert!(cpus == "2" && (192 << 10..224 << 10).contains(&memory), "{size}");
 }
 
+/// What a container uses is not counted as another one's.
+fn are_counted_by_themselves(pod: &Pod, idle: &Id) {
+    let script = "x=0123456789abcdef; for i in 0 1 2 3 4 5 6 7 8 9 a b c d e f 0 1 2; do x=$x$x; done; echo ${#x}; sleep 100000; true";
+    let large = pod.start("large", 0, script, |_| {});
+    await_that(|| pod.log("large.0.log") == "8388608\n", || pod.log("large.0.log"));
+    let used = |id: &Id| {
+        let answer: ContainerStatsResponse = pod.node.call("ContainerStats", id);
+        let stats = answer.stats.unwrap();
+        (stats.memory.unwrap().working_set.unwrap().value, stats.cpu.unwrap().used_ns.unwrap().value)
+    };
+    let (one, other) = (used(&large), used(idle));
+    assert!(one.0 > 8 << 20 && (1..8 << 20).contains(&other.0), "{one:?} {other:?}");
+    assert!(one.1 > 0 && other.1 > 0, "{one:?} {other:?}");
+    let _: Empty = pod.node.call("StopContainer", &StopContainerRequest { container_id: large.id.clone(), timeout: 0 });
+    let _: Empty = pod.node.call("RemoveContainer", &large);
+}
+
 /// The node reaches a port of the pod's address, as probes do.
 fn is_reached(pod: &Pod) {
     let status: PodSandboxStatusResponse = pod.node.call("PodSandboxStatus", &pod.id);
@@ -164,7 +185,7 @@ fn is_killed_at_its_limit(pod: &Pod) {
         config.linux.as_mut().unwrap().resources =
             Some(LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..LinuxContainerResources::default() });
     });
-    // The reason is not OOMKilled: containerd counts what the host's kernel kills.
-    assert_eq!(pod.await_exit(&hungry).exit_code, 137);
+    let ended = pod.await_exit(&hungry);
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
     let _: Empty = pod.node.call("RemoveContainer", &hungry);
 }

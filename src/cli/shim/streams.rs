@@ -1,0 +1,175 @@
+//! The streams of a process of a container: FIFOs of containerd, which the process on the host that stands for it gets as they are; with a
+//! terminal, threads copy between them and its outer end.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use crate::sandbox;
+
+/// Where they are, as containerd says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Paths {
+    pub stdin: String,
+    pub stdout: String,
+    pub stderr: String,
+    pub terminal: bool,
+}
+
+/// Opened for a process without a terminal.
+pub struct Opened {
+    pub streams: [Stdio; 3],
+    /// As long as this is open, the process's input does not end.
+    pub input: Option<File>,
+}
+
+/// Opens the streams.
+pub fn open(paths: &Paths) -> Result<Opened> {
+    let (stdin, input) = match input(&paths.stdin)? {
+        Some((reader, writer)) => (reader.into(), Some(writer)),
+        None => (Stdio::null(), None),
+    };
+    let out = |path: &str| Ok::<Stdio, anyhow::Error>(output(path)?.map_or_else(Stdio::null, Stdio::from));
+    Ok(Opened { streams: [stdin, out(&paths.stdout)?, out(&paths.stderr)?], input })
+}
+
+/// Copies between the outer end of a terminal and the streams, until the terminal is closed. Returns what keeps its input open.
+pub fn attend(outer: &File, paths: &Paths) -> Result<Option<File>> {
+    let copy = || outer.try_clone().context("duplicate a file descriptor");
+    let input = match input(&paths.stdin)? {
+        Some((reader, writer)) => {
+            let keys = copy()?;
+            sandbox::spawn("keys", move || transfer(reader, keys)).context("start a thread")?;
+            Some(writer)
+        }
+        None => None,
+    };
+    let (shown, output) = (copy()?, output(&paths.stdout)?);
+    sandbox::spawn("terminal", move || match output {
+        Some(output) => transfer(shown, output),
+        None => transfer(shown, io::sink()),
+    })
+    .context("start a thread")?;
+    Ok(input)
+}
+
+/// Fails if streams are of a kind that cannot be opened, before anything is done for their process.
+pub fn check(paths: &Paths) -> Result<()> {
+    for path in [&paths.stdin, &paths.stdout, &paths.stderr] {
+        match path.split_once("://") {
+            None | Some(("file" | "fifo", _)) => {}
+            Some((kind, _)) => bail!("output to {kind}:// is not supported: use FIFOs, or file:// with a path"),
+        }
+    }
+    Ok(())
+}
+
+/// Ends with either side. A terminal is read until there is an error, when its inner end is closed.
+fn transfer(mut from: impl Read, mut to: impl Write) {
+    let mut buffer = [0; 8192];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                if to.write_all(buffer.get(..count).unwrap_or_default()).is_err() {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// The reading end of a FIFO, and a writing end of it.
+fn input(path: &str) -> Result<Option<(File, File)>> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let what = || format!("open {path}");
+    // Without waiting for the other side, which may come late.
+    let mut options = OpenOptions::new();
+    options.custom_flags(libc::O_NONBLOCK);
+    let reader = options.clone().read(true).open(path).with_context(what)?;
+    let writer = options.write(true).open(path).with_context(what)?;
+    wait_for_data(&reader).with_context(what)?;
+    Ok(Some((reader, writer)))
+}
+
+fn wait_for_data(file: impl AsFd) -> io::Result<()> {
+    Ok(fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?)
+}
+
+/// Output to a FIFO or a file. A FIFO is opened for reading as well: it keeps what is written while containerd is being restarted.
+fn output(path: &str) -> Result<Option<File>> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let what = || format!("open {path}");
+    let opened = match path.strip_prefix("file://") {
+        Some(path) => {
+            let dir = Path::new(path).parent().unwrap_or(Path::new("/"));
+            std::fs::create_dir_all(dir).with_context(what)?;
+            File::options().append(true).create(true).open(path)
+        }
+        None => File::options().read(true).write(true).open(path.strip_prefix("fifo://").unwrap_or(path)),
+    };
+    opened.map(Some).with_context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileTypeExt;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    fn fifo(path: &Path) -> String {
+        mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        assert!(path.metadata().unwrap().file_type().is_fifo());
+        path.display().to_string()
+    }
+
+    #[test]
+    fn fifos_are_the_streams_of_a_process_and_its_input_ends_when_it_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| fifo(&dir.path().join(name));
+        let paths = Paths { stdin: path("in"), stdout: path("out"), stderr: String::new(), terminal: false };
+        let Opened { streams: [stdin, stdout, stderr], input } = open(&paths).unwrap();
+        let mut command = std::process::Command::new("cat");
+        let mut child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().unwrap();
+        drop(command);
+        // containerd's side, which opens it late, and is closed first.
+        let mut shown = File::open(&paths.stdout).unwrap();
+        File::options().write(true).open(&paths.stdin).unwrap().write_all(b"hello").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(child.try_wait().unwrap().is_none());
+        drop(input);
+        assert!(child.wait().unwrap().success());
+        let mut text = String::new();
+        shown.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+    }
+
+    #[test]
+    fn other_kinds_of_streams_are_files_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("logs/log");
+        let url = format!("file://{}", place.display());
+        for text in ["a", "b"] {
+            output(&url).unwrap().unwrap().write_all(text.as_bytes()).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&place).unwrap(), "ab");
+        let paths = Paths { stdout: "binary:///usr/bin/logger".into(), ..Paths::default() };
+        assert!(check(&paths).unwrap_err().to_string().starts_with("output to binary:// is not supported"));
+        check(&Paths { stdout: url, stdin: "/run/fifo".into(), ..Paths::default() }).unwrap();
+        assert!(format!("{:#}", output("/none/fifo").unwrap_err()).starts_with("open /none/fifo: "));
+    }
+}
