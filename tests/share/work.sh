@@ -71,7 +71,7 @@ done
 {
     seq 12 | sed 's/.*/int f&(void);/'
     echo '#include <stdio.h>'
-    printf "int main(void) { printf(\"%%%%d\\\\n\", %s); }\n" "$(seq 12 | sed "s/.*/f&()/" | paste -s -d +)"
+    printf "int main(void) { printf(\"%%d\\\\n\", %s); }\n" "$(seq 12 | sed "s/.*/f&()/" | paste -s -d +)"
 } >build/main.c
 printf 'all: main.o %s\n\ttcc -o all $^\n%%.o: %%.c\n\t@echo $@\n\t@tcc -c -o $@ $<\n' \
     "$(seq 12 | sed 's/.*/f&.o/' | tr '\n' ' ')" >build/Makefile
