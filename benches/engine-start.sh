@@ -20,10 +20,18 @@ for applet in sh true sleep; do ln -s busybox "$work/rootfs/bin/$applet"; done
 tar cf "$work/root.tar" -C "$work/rootfs" .
 podman_with crun import "$work/root.tar" box >/dev/null 2>&1
 podman_with crun import --change 'CMD ["/bin/sleep", "1000000"]' "$work/root.tar" pause >/dev/null 2>&1
-mkdir "$work/bundle"
-(cd "$work/bundle" && "$work/husk-oci" spec)
-sed -i -e 's/"terminal": true/"terminal": false/' -e 's|"sh"|"true"|' -e "s|\"path\": \"rootfs\"|\"path\": \"$work/rootfs\"|" \
-    -e "s|^{|{ \"annotations\": { \"io.husk.kernel\": \"$KERNEL\" },|" "$work/bundle/config.json"
+mkdir -p "$work/.cache/husk/kernels/micro"
+cp "$KERNEL" "$work/.cache/husk/kernels/micro/vmlinux"
+for bundle in warm booted; do
+    mkdir "$work/$bundle"
+    (cd "$work/$bundle" && "$work/husk-oci" spec)
+    sed -i -e 's/"terminal": true/"terminal": false/' -e 's|"sh"|"true"|' -e "s|\"path\": \"rootfs\"|\"path\": \"$work/rootfs\"|" \
+        "$work/$bundle/config.json"
+done
+sed -i 's|^{|{ "annotations": { "io.husk.warm": "false" },|' "$work/booted/config.json"
+# Where engines that run as root have them.
+warm=/var/lib/husk/warm/containers
+"$work/husk-oci" warm --interfaces 0 >/dev/null
 
 # Milliseconds since the host's start.
 now() { awk '{ printf "%d", $1 * 1000 }' /proc/uptime; }
@@ -41,49 +49,57 @@ measure() {
     echo "$name $(($(now) - before))" >>"$work/results"
 }
 
-run_alone() { "$1" --root "$work/state" run -b "$work/bundle" measured; }
-run_podman() { podman_with "$1" run --rm --network none --annotation "io.husk.kernel=$KERNEL" box true; }
-run_in_pod() { podman_with "$1" run --rm --pod pod box true; }
+# The variants: crun, husk from a warm machine, and husk that boots.
+runtime_of() { if [ "$1" = crun ]; then echo crun; else echo "$work/husk-oci"; fi; }
+bundle_of() { if [ "$1" = booted ]; then echo "$work/booted"; else echo "$work/warm"; fi; }
+run_alone() { "$(runtime_of "$1")" --root "$work/state" run -b "$(bundle_of "$1")" measured; }
+run_podman() {
+    annotation=io.husk.warm=true
+    [ "$1" != booted ] || annotation=io.husk.warm=false
+    podman_with "$(runtime_of "$1")" run --rm --network none --annotation "$annotation" box true
+}
+run_in_pod() { podman_with "$(runtime_of "$1")" run --rm --pod pod box true; }
 
 round() {
     run=$1
-    shift
-    for runtime in crun "$work/husk-oci"; do
-        measure "$run:${runtime##*/}" "$run" "$runtime"
+    for variant in crun warm booted; do
+        measure "$run:$variant" "$run" "$variant"
     done
 }
 
 # Without a result: the first of each reads files for all.
-run_alone crun; run_alone "$work/husk-oci"
+for variant in crun warm booted; do run_alone "$variant"; done
 i=0
 while [ "$i" -lt "$RUNS" ]; do
     round run_alone
     round run_podman
     i=$((i + 1))
 done
-mkdir -p "$work/.cache/husk/kernels/micro"
-cp "$KERNEL" "$work/.cache/husk/kernels/micro/vmlinux"
-for runtime in crun "$work/husk-oci"; do
-    podman_with "$runtime" pod create --share-parent=false --name pod --network none --infra-image localhost/pause >/dev/null 2>&1
-    measure "pod_start:${runtime##*/}" podman_with "$runtime" pod start pod
+for variant in crun warm booted; do
+    # podman gives the container of a pod that makes the machine no annotations.
+    [ "$variant" != booted ] || mv "$warm" "$warm.away"
+    podman_with "$(runtime_of "$variant")" pod create --share-parent=false --name pod --network none --infra-image localhost/pause \
+        >/dev/null 2>&1
+    measure "pod_start:$variant" podman_with "$(runtime_of "$variant")" pod start pod
     i=0
     while [ "$i" -lt "$RUNS" ]; do
-        measure "run_in_pod:${runtime##*/}" run_in_pod "$runtime"
+        measure "run_in_pod:$variant" run_in_pod "$variant"
         i=$((i + 1))
     done
-    podman_with "$runtime" pod rm -f -t 0 pod >/dev/null 2>&1
+    podman_with "$(runtime_of "$variant")" pod rm -f -t 0 pod >/dev/null 2>&1
+    [ "$variant" != booted ] || mv "$warm.away" "$warm"
 done
 
 median() { grep "^$1 " "$work/results" | cut -d' ' -f2 | sort -n | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'; }
-printf '%-34s %12s %8s\n' '' 'crun ms' husk
+printf '%-34s %12s %8s %8s\n' '' 'crun ms' warm booted
 for row in 'run_alone:the runtime alone, to the exit' 'run_podman:podman run --rm IMAGE true' 'pod_start:podman pod start' \
     'run_in_pod:podman run --rm --pod POD IMAGE true'; do
-    crun=$(median "${row%%:*}:crun") husk=$(median "${row%%:*}:husk-oci")
-    printf '%-34s %12d %7.2fx\n' "${row#*:}" "$crun" "$(awk "BEGIN { print $husk / $crun }")"
+    crun=$(median "${row%%:*}:crun") warm=$(median "${row%%:*}:warm") booted=$(median "${row%%:*}:booted")
+    echo "$crun $warm $booted" | awk -v name="${row#*:}" '{ printf "%-34s %12d %7.2fx %7.2fx\n", name, $1, $2 / $1, $3 / $1 }'
 done
 
 # Memory of a running container: the proportional sizes of its processes, and what the guest has touched.
-podman_with "$work/husk-oci" run -d --network none --annotation "io.husk.kernel=$KERNEL" --name kept box sleep 1000 >/dev/null
+podman_with "$work/husk-oci" run -d --network none --name kept box sleep 1000 >/dev/null
 sleep 2
 for dir in /proc/[0-9]*; do
     case $(tr '\0' ' ' <"$dir/cmdline" 2>/dev/null) in

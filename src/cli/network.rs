@@ -354,7 +354,7 @@ impl NetworkArg {
         };
         let config = self.config(to, mac);
         let routes = self.gateways.iter().copied().map(Route::through).collect();
-        Ok(Some(InterfaceSetup { config, addresses: self.addresses.clone(), routes, lease: None }))
+        Ok(Some(InterfaceSetup { addresses: self.addresses.clone(), routes, ..InterfaceSetup::from(config) }))
     }
 
     fn config(&self, to: Attachment, mac: Option<MacAddress>) -> NetworkConfig {

@@ -160,6 +160,11 @@ impl GuestSpec {
         self.network = network;
     }
 
+    /// The machine's network interfaces.
+    pub fn network(&self) -> &NetworkSetup {
+        &self.network
+    }
+
     /// Sets kernel parameters of the machine, by name, and their values.
     pub fn set_sysctls(&mut self, sysctls: Vec<(String, String)>) -> Result<()> {
         ensure!(
@@ -324,14 +329,12 @@ impl GuestSpec {
         Spec { modules: modules.iter().map(initramfs::module_path).collect(), root, start }
     }
 
-    /// The writable layer of an image.
+    /// The writable layer of the root file system.
     fn overlay(&self) -> Overlay {
         match &self.root_fs {
             RootFs::Image { writable: WritableLayer::Disk(_), .. } => Overlay::Disk(WRITABLE_DEVICE.to_owned()),
-            RootFs::Image { writable: WritableLayer::Memory, .. } => Overlay::Memory,
-            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { .. } | RootFs::Share { .. } => {
-                Overlay::ReadOnly
-            }
+            RootFs::Image { writable: WritableLayer::Memory, .. } | RootFs::Share { .. } => Overlay::Memory,
+            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { .. } => Overlay::ReadOnly,
         }
     }
 

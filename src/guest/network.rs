@@ -17,6 +17,8 @@ use crate::state_dir::identity::{IdentityRecord, InterfaceRecord, Names};
 pub struct InterfaceSetup {
     /// The interface.
     pub config: NetworkConfig,
+    /// Its MTU, if it is not that of every machine's device on such a network.
+    pub mtu_bytes: Option<u32>,
     /// The addresses, unless the network assigns them.
     pub addresses: Vec<InterfaceAddress>,
     /// Its routes besides those that follow from the addresses.
@@ -43,7 +45,7 @@ pub struct NetworkSetup {
 
 impl From<NetworkConfig> for InterfaceSetup {
     fn from(config: NetworkConfig) -> InterfaceSetup {
-        InterfaceSetup { config, addresses: Vec::new(), routes: Vec::new(), lease: None }
+        InterfaceSetup { config, mtu_bytes: None, addresses: Vec::new(), routes: Vec::new(), lease: None }
     }
 }
 
@@ -53,6 +55,7 @@ impl InterfaceSetup {
         let to = Attachment::Interface { name: interface.name };
         InterfaceSetup {
             config: NetworkConfig { mac: Some(interface.mac), ..NetworkConfig::of(to) },
+            mtu_bytes: interface.mtu_bytes,
             addresses: interface.addresses,
             routes: interface.routes,
             lease: None,
@@ -64,6 +67,7 @@ impl InterfaceSetup {
         let to = Attachment::Bridge { name: lease.bridge.interface(), ports: Vec::new() };
         InterfaceSetup {
             config: NetworkConfig { mac: Some(mac), ..NetworkConfig::of(to) },
+            mtu_bytes: None,
             addresses: vec![InterfaceAddress { ip: lease.address.into(), prefix: bridge::PREFIX }],
             routes: if lease.bridge.internal {
                 Vec::new()
@@ -194,7 +198,8 @@ fn in_guest(setup: &InterfaceSetup) -> Option<Interface> {
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
     Some(match &setup.config.to {
         Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => {
-            Interface { device_mac: mac, mac, addresses: setup.addresses.clone(), routes: setup.routes.clone() }
+            let (addresses, routes) = (setup.addresses.clone(), setup.routes.clone());
+            Interface { device_mac: mac, mac, mtu_bytes: setup.mtu_bytes, addresses, routes }
         }
         Attachment::User(_) => {
             let mut addresses = vec![address(passt::GUEST.into(), passt::PREFIX)];
@@ -203,7 +208,7 @@ fn in_guest(setup: &InterfaceSetup) -> Option<Interface> {
                 addresses.push(address(passt::GUEST_V6.into(), passt::PREFIX_V6));
                 routes.push(Route::through(passt::GATEWAY_V6.into()));
             }
-            Interface { device_mac: mac, mac, addresses, routes }
+            Interface { device_mac: mac, mac, mtu_bytes: setup.mtu_bytes, addresses, routes }
         }
     })
 }
@@ -217,6 +222,7 @@ mod tests {
         let config = NetworkConfig { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetworkConfig::of(to) };
         InterfaceSetup {
             config,
+            mtu_bytes: None,
             lease: None,
             addresses: vec![parse_address("192.0.2.2/24").unwrap()],
             routes: Vec::new(),

@@ -1,18 +1,21 @@
 //! What the machine of a container is like: from the configuration's limits and annotations.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::config::{Config, PERIOD_US, Resources};
 use super::pod;
-use crate::config::{MAX_CPUS, Transport};
+use crate::config::{MAX_CPUS, MachineConfig, Transport};
+use crate::guest::GuestSpec;
+use crate::resources::guest_kernel::{Choice, GuestKernel};
 
 /// The memory of a machine whose container has no limit.
-const DEFAULT_MEMORY_MIB: u64 = 512;
+pub const DEFAULT_MEMORY_MIB: u64 = 512;
 /// The memory and vCPUs of a pod's machine whose containers have no limits together.
-const POD_MEMORY_MIB: u64 = 1024;
-const POD_CPUS: u32 = 2;
+pub const POD_MEMORY_MIB: u64 = 1024;
+/// The same.
+pub const POD_CPUS: u32 = 2;
 /// What the guest's kernel and init take of a machine's memory, which is not the container's.
 pub const GUEST_OVERHEAD_MIB: u64 = 32;
 /// What husk's processes take on the host beside the machine's memory.
@@ -21,8 +24,8 @@ pub const HOST_OVERHEAD_MIB: u64 = 32;
 const MEMORY_MIN_MIB: u64 = 64;
 
 /// The names of annotations that only a machine has.
-pub const ANNOTATIONS: [&str; 5] =
-    ["io.husk.cpus", "io.husk.memory", "io.husk.kernel", "io.husk.cmdline", "io.husk.transport"];
+pub const ANNOTATIONS: [&str; 6] =
+    ["io.husk.cpus", "io.husk.memory", "io.husk.kernel", "io.husk.cmdline", "io.husk.transport", "io.husk.warm"];
 
 /// A machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub struct Shape {
     pub cmdline: String,
     /// How the guest finds its devices.
     pub transport: Transport,
+    /// Whether it may start from a warm machine.
+    pub warm: bool,
 }
 
 impl Shape {
@@ -61,13 +66,30 @@ impl Shape {
             None => memory_mib(resources),
         };
         let transport = annotation("io.husk.transport").map_or(Ok(Transport::Auto), str::parse);
+        let warm = annotation("io.husk.warm").map_or(Some(true), |text| text.parse().ok());
         Ok(Shape {
             cpus,
             memory_mib,
             kernel: annotation("io.husk.kernel").map(PathBuf::from),
             cmdline: annotation("io.husk.cmdline").unwrap_or_default().to_owned(),
             transport: transport.map_err(|error| anyhow::anyhow!(wrong("io.husk.transport", error)))?,
+            warm: warm.with_context(|| wrong("io.husk.warm", "it is neither true nor false"))?,
         })
+    }
+}
+
+impl Shape {
+    /// The configuration of the machine for `spec`, which boots `kernel`, with `socket` for its sessions.
+    pub fn config(&self, spec: &GuestSpec, kernel: &GuestKernel, socket: &Path) -> Result<MachineConfig> {
+        let mut config = spec.machine_config(kernel, self.cpus, self.memory_mib, socket, false);
+        config.cmdline = [config.cmdline.as_str(), self.cmdline.as_str()].join(" ").trim().to_owned();
+        config.transport = GuestSpec::transport(self.transport, kernel)?;
+        Ok(config)
+    }
+
+    /// The kernel that the machine boots.
+    pub fn kernel(&self) -> Result<GuestKernel> {
+        self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()
     }
 }
 
@@ -212,10 +234,14 @@ mod tests {
         assert_eq!(of("io.husk.cpus", "3").unwrap().cpus, 3);
         assert_eq!(of("io.husk.transport", "pci").unwrap().transport, Transport::Pci);
         assert_eq!(of("io.husk.kernel", "stock").unwrap().kernel, Some("stock".into()));
-        assert_eq!(of("org.example.x", "y").unwrap().cpus, 1);
-        for (name, value) in
-            [("io.husk.cpus", "0"), ("io.husk.cpus", "x"), ("io.husk.transport", "isa"), ("io.husk.cpu", "1")]
-        {
+        assert!(of("org.example.x", "y").unwrap().warm && !of("io.husk.warm", "false").unwrap().warm);
+        for (name, value) in [
+            ("io.husk.cpus", "0"),
+            ("io.husk.cpus", "x"),
+            ("io.husk.transport", "isa"),
+            ("io.husk.cpu", "1"),
+            ("io.husk.warm", "hot"),
+        ] {
             let told = format!("{:#}", of(name, value).unwrap_err());
             assert!(told.starts_with(&format!("annotation {name}: ")), "{told}");
         }

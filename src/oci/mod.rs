@@ -18,3 +18,4 @@ pub mod oom;
 pub mod pod;
 pub mod share;
 pub mod state;
+pub mod warm;

@@ -43,6 +43,8 @@ pub struct Interface {
     pub name: String,
     /// Its MAC address.
     pub mac: MacAddress,
+    /// Its MTU.
+    pub mtu_bytes: Option<u32>,
     /// Its addresses; none of link scope, which every system makes itself.
     pub addresses: Vec<InterfaceAddress>,
     /// The routes through it apart from those that follow from its addresses, in an order in which each gateway can be reached
@@ -63,7 +65,7 @@ pub fn list() -> Result<Vec<Interface>> {
         let addresses = addresses.iter().filter_map(|message| address_of(message, index)).collect();
         let mut routes: Vec<Route> = routes.iter().filter_map(|message| route_of(message, index)).collect();
         routes.sort_by_key(|route| route.gateway.is_some());
-        Some(Interface { name, mac, addresses, routes })
+        Some(Interface { name, mac, mtu_bytes: mtu_of(link), addresses, routes })
     };
     Ok(links.iter().filter_map(interface).collect())
 }

@@ -36,8 +36,8 @@ pub struct Fingerprint {
     husk: Stamp,
     /// The guest's kernel.
     kernel: Stamp,
-    /// The root file system.
-    root: Stamp,
+    /// The root file system, unless it is only in memory until the run begins.
+    root: Option<Stamp>,
     /// Release and version of the host's kernel, with its KVM.
     host: String,
     /// The processor's identity and features, in hexadecimal.
@@ -50,14 +50,13 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// The current one of a machine with this configuration, whose first disk is its root file system.
+    /// The current one of a machine with this configuration, whose first disk, if it has any, is its root file system.
     pub fn of(config: &MachineConfig) -> Result<Fingerprint> {
-        let root = &config.disks.first().context("the machine has no root file system")?.path;
         let host = uname();
         Ok(Fingerprint {
             husk: Stamp::of(&std::env::current_exe().context("find this program")?)?,
             kernel: Stamp::of(&config.kernel)?,
-            root: Stamp::of(root)?,
+            root: config.disks.first().map(|disk| Stamp::of(&disk.path)).transpose()?,
             host: format!("{} {}", host.release().to_string_lossy(), host.version().to_string_lossy()),
             processor: processor::identity(),
             microcode: microcode(),
@@ -101,6 +100,11 @@ fn microcode() -> String {
 pub fn place(config: &MachineConfig) -> Result<PathBuf> {
     let dir =
         dir_of(config).context("the image is not in the image store: use --output DIR, and `husk run --from DIR`")?;
+    place_in(&dir, config)
+}
+
+/// The same in the directory `dir`.
+pub fn place_in(dir: &Path, config: &MachineConfig) -> Result<PathBuf> {
     let json = serde_json::to_vec(&seen_by_guest(config)?)?;
     Ok(dir.join(Digest::of(&json).hex()))
 }
@@ -173,8 +177,13 @@ pub fn open(path: &Path, config: &MachineConfig) -> Result<Snapshot> {
 /// The warm image that a machine with this configuration starts from. `None` if there is none, or, with a line of the log, if it
 /// is of no use. Where an image has never been warm, this costs one look into the store.
 pub fn find(config: &MachineConfig) -> Option<Snapshot> {
-    dir_of(config).filter(|dir| dir.exists())?;
-    let path = place(config).ok().filter(|path| path.exists())?;
+    find_in(&dir_of(config)?, config)
+}
+
+/// The same in the directory `dir`.
+pub fn find_in(dir: &Path, config: &MachineConfig) -> Option<Snapshot> {
+    dir.exists().then_some(())?;
+    let path = place_in(dir, config).ok().filter(|path| path.exists())?;
     let snapshot = open(&path, config).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()?;
     if let Err(error) = read_ahead::if_not_cached(&snapshot.files.memory) {
         log::debug!("read ahead the memory of the warm image: {error}");
@@ -184,7 +193,12 @@ pub fn find(config: &MachineConfig) -> Option<Snapshot> {
 
 /// Removes all warm images that no machine can start from any more, and what killed processes have left of others.
 pub fn prune(store: &Store, pruned: &mut Pruned) -> Result<()> {
-    for path in store.warm_paths() {
+    prune_all(store.warm_paths(), pruned)
+}
+
+/// The same with those at `paths`.
+pub fn prune_all(paths: impl IntoIterator<Item = PathBuf>, pruned: &mut Pruned) -> Result<()> {
+    for path in paths {
         let is_useful = || -> Result<bool> {
             let Description { config, fingerprint, .. } = Snapshot::open(&path)?.description;
             let made_with = fingerprint.context("it does not wait for a command")?;

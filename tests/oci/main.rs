@@ -16,6 +16,7 @@ mod podman_pod;
 mod rootless;
 mod shim;
 mod upkeep;
+mod warm;
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -31,6 +31,7 @@ const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const IFLA_ADDRESS: u16 = 1;
+const IFLA_MTU: u16 = 4;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// The address is unique, and usable immediately.
@@ -57,7 +58,7 @@ impl Network {
 
     /// Brings the loopback interface up.
     pub fn bring_loopback_up(&self) -> Result<(), Failure> {
-        self.bring_up(LOOPBACK_INDEX, None).context("bring up the loopback interface")
+        self.bring_up(LOOPBACK_INDEX, None, None).context("bring up the loopback interface")
     }
 
     /// Configures an interface and brings it up.
@@ -69,7 +70,7 @@ impl Network {
     /// Configures an interface that was configured like `known`. If that differs, it is taken back first, with all routes through
     /// the interface.
     pub fn change(&self, known: &Interface, interface: &Interface) -> Result<(), Failure> {
-        let settings = |of: &Interface| (of.mac, of.addresses.clone(), of.routes.clone());
+        let settings = |of: &Interface| (of.mac, of.mtu_bytes, of.addresses.clone(), of.routes.clone());
         if settings(known) == settings(interface) {
             return Ok(());
         }
@@ -88,7 +89,7 @@ impl Network {
             }
         }
         let mac = Some(interface.mac).filter(|mac| *mac != interface.device_mac);
-        self.bring_up(index, mac).context(format_args!("bring up {name}"))?;
+        self.bring_up(index, mac, interface.mtu_bytes).context(format_args!("bring up {name}"))?;
         for InterfaceAddress { ip, prefix } in &interface.addresses {
             self.ask(&new_address(index, *ip, *prefix))
                 .context(format_args!("give {name} the address {ip}/{prefix}"))?;
@@ -103,7 +104,7 @@ impl Network {
     /// Takes an interface down, with its routes and its IPv6 addresses, of which one is derived from the MAC address. Takes back
     /// its IPv4 addresses.
     fn take_down(&self, index: u32, known: &Interface) -> nix::Result<()> {
-        self.ask(&link(index, None, false))?;
+        self.ask(&link(index, None, None, false))?;
         for InterfaceAddress { ip, prefix } in known.addresses.iter().filter(|address| address.ip.is_ipv4()) {
             match self.ask(&old_address(index, *ip, *prefix)) {
                 // Somebody else has removed it.
@@ -114,9 +115,9 @@ impl Network {
         Ok(())
     }
 
-    /// Brings an interface up, after giving it the MAC address `mac` if there is one.
-    fn bring_up(&self, index: u32, mac: Option<[u8; 6]>) -> nix::Result<()> {
-        self.ask(&link(index, mac, true))
+    /// Brings an interface up, after giving it the MAC address `mac` and the MTU `mtu_bytes`, as far as there are any.
+    fn bring_up(&self, index: u32, mac: Option<[u8; 6]>, mtu_bytes: Option<u32>) -> nix::Result<()> {
+        self.ask(&link(index, mac, mtu_bytes, true))
     }
 
     /// Sends a request and receives the kernel's response, which is available immediately.
@@ -170,8 +171,8 @@ impl Message {
     }
 }
 
-/// The interface is up or down, and has the MAC address `mac` if there is one.
-fn link(index: u32, mac: Option<[u8; 6]>, is_up: bool) -> Message {
+/// The interface is up or down, and has the MAC address `mac` and the MTU `mtu_bytes` if there are any.
+fn link(index: u32, mac: Option<[u8; 6]>, mtu_bytes: Option<u32>, is_up: bool) -> Message {
     let mut message = Message::new(RTM_NEWLINK, 0);
     // struct ifinfomsg: family, padding, type, index, flags and which of them change. The kernel changes them last.
     message.put(&[0; 4]);
@@ -180,6 +181,9 @@ fn link(index: u32, mac: Option<[u8; 6]>, is_up: bool) -> Message {
     message.put(&IFF_UP.to_ne_bytes());
     if let Some(mac) = mac {
         message.attribute(IFLA_ADDRESS, &mac);
+    }
+    if let Some(mtu_bytes) = mtu_bytes {
+        message.attribute(IFLA_MTU, &mtu_bytes.to_ne_bytes());
     }
     message
 }

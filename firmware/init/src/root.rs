@@ -68,13 +68,20 @@ pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
         }
         Root::Share { tag } => {
             mount_at("tmpfs", NEW_ROOT, MsFlags::empty(), "mode=755")?;
-            let share = format!("{NEW_ROOT}{SHARE}");
-            make_dir(&share)?;
-            mount_device(tag, &share, "virtiofs", MsFlags::empty(), "")
-                .context(format_args!("mount the folder {tag:?} of the host (virtiofs)"))?;
-            Ok(None)
+            match spec.start {
+                // The run brings it.
+                Start::Wait(_) => Ok(None),
+                _ => mount_share(tag, &format!("{NEW_ROOT}{SHARE}")).map(|()| None),
+            }
         }
     }
+}
+
+/// Mounts the share `tag` of the machine's containers on the directory `dir`.
+pub fn mount_share(tag: &str, dir: &str) -> Result<(), Failure> {
+    make_dir(dir)?;
+    mount_device(tag, dir, "virtiofs", MsFlags::empty(), "")
+        .context(format_args!("mount the folder {tag:?} of the host (virtiofs)"))
 }
 
 fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure> {

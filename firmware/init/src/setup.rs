@@ -23,6 +23,8 @@ pub struct Prepared {
     is_readonly: bool,
     /// Of a machine that waits for its run, which may have another writable layer.
     initramfs: Option<Initramfs>,
+    /// The share that the containers of such a machine need.
+    share: Option<String>,
     /// What the machine was told last; at first, nothing.
     identity: Identity,
 }
@@ -34,16 +36,22 @@ impl Prepared {
         let initramfs = matches!(spec.start, Start::Wait(_)).then(Initramfs::open).transpose()?;
         root::enter()?;
         let is_readonly = matches!(spec.root, Root::Image { overlay: Overlay::ReadOnly, .. });
-        Ok(Prepared { kept, network: prepare_network(), is_readonly, initramfs, identity: Identity::default() })
+        let share = match &spec.root {
+            Root::Share { tag } => Some(tag.clone()),
+            Root::Image { .. } | Root::Disk { .. } => None,
+        };
+        let (network, identity) = (prepare_network(), Identity::default());
+        Ok(Prepared { kept, network, is_readonly, initramfs, share, identity })
     }
 
     /// Sets up a machine that has waited for its run, with the writable layer `overlay`.
     pub fn begin(&mut self, overlay: &Overlay, run: &Run) -> Result<(), Failure> {
         let initramfs = self.initramfs.take();
         let is_on_disk = matches!(overlay, Overlay::Disk(_));
-        if is_on_disk || !run.shares.is_empty() {
+        if is_on_disk || !run.shares.is_empty() || self.share.is_some() {
             devices::find_added();
         }
+        self.share.take().map_or(Ok(()), |tag| root::mount_share(&tag, root::SHARE))?;
         if is_on_disk && let Some(initramfs) = initramfs {
             self.kept = initramfs.replace_layer(overlay)?;
         }

@@ -99,6 +99,8 @@ pub struct Interface {
     pub device_mac: [u8; 6],
     /// The MAC address that it gets.
     pub mac: [u8; 6],
+    /// The largest packet it sends, unless that is what its device says: the device may be that of another machine.
+    pub mtu_bytes: Option<u32>,
     /// Its addresses. Without any, the interface is only brought up.
     pub addresses: Vec<InterfaceAddress>,
     /// Its routes besides those that follow from its addresses, in the order they are added.
@@ -234,6 +236,7 @@ mod tests {
             interfaces: vec![Interface {
                 device_mac: [2, 0, 0, 0, 0, 2],
                 mac: [2, 0, 0, 0, 0, 1],
+                mtu_bytes: Some(1400),
                 addresses: vec![InterfaceAddress { ip: IpAddr::from([10, 0, 2, 15]), prefix: 24 }],
                 routes: vec![Route::through(IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1]))],
             }],

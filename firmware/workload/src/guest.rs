@@ -108,7 +108,7 @@ fn interface(net: &Net) -> Result<Interface, Failure> {
     let mac = parse_mac(text.trim()).ok_or_else(|| Failure::new("eth0 has no Ethernet address"))?;
     let addresses = vec![InterfaceAddress { ip: net.ip, prefix: net.prefix }];
     let routes = vec![Route::through(net.gateway)];
-    Ok(Interface { device_mac: mac, mac, addresses, routes })
+    Ok(Interface { device_mac: mac, mac, mtu_bytes: None, addresses, routes })
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {

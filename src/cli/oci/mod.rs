@@ -19,6 +19,7 @@ mod start;
 mod stats;
 mod supervise;
 mod update;
+mod warm;
 
 use std::path::PathBuf;
 
@@ -120,6 +121,8 @@ enum OciCommand {
     Features(features::Features),
     /// Write a config.json to start from
     Spec(spec::Spec),
+    /// Make machines from which containers start without booting
+    Warm(warm::Warm),
     /// The process of a container on the host.
     #[command(hide = true)]
     Supervise(supervise::Supervise),
@@ -171,6 +174,7 @@ impl Oci {
             OciCommand::Events(events) => done(events.run(&flags)),
             OciCommand::Features(features) => done(features.run()),
             OciCommand::Spec(spec) => done(spec.run()),
+            OciCommand::Warm(warm) => done(warm.run()),
             // These report to the process that has started them.
             OciCommand::Supervise(supervise) => return supervise.run(&flags),
             OciCommand::Attend(attend) => return attend.run(),

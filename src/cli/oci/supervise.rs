@@ -29,11 +29,14 @@ use super::{Flags, console};
 use crate::cli::exit::Exit;
 use crate::cli::run::machine;
 use crate::cli::run::session::{self, Ended, Start};
+use crate::config::MachineConfig;
 use crate::console::stream_log;
 use crate::exit_latch::ExitReason;
 use crate::fs;
 use crate::guest::GuestSpec;
 use crate::guest::network::{InterfaceSetup, NetworkSetup};
+use crate::guest::streams::Attached;
+use crate::monitor::release;
 use crate::oci::cgroup;
 use crate::oci::config::Config;
 use crate::oci::machine::Shape;
@@ -41,9 +44,10 @@ use crate::oci::oom::Mark;
 use crate::oci::pod;
 use crate::oci::share::Files;
 use crate::oci::state::{Dir, ProcessId, Root, State};
-use crate::oci::{guest, share};
-use crate::resources::guest_kernel::Choice;
-use crate::resources::{self, interface};
+use crate::oci::{guest, share, warm};
+use crate::resources::guest_kernel::GuestKernel;
+use crate::resources::{self, Outside, Resources, Source, interface};
+use crate::snapshot::Snapshot;
 use crate::state_dir::record::Record;
 use crate::state_dir::{self, MachineDir, StateDir};
 use crate::supervisor::{self, ControlEndpoint};
@@ -212,24 +216,20 @@ struct Machine<'a> {
 impl Machine<'_> {
     fn run(&self, dir: MachineDir, state: &State, container: Container, process: Process) -> Result<Exit> {
         let shape = Shape::of(self.config)?;
-        let kernel = shape.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
+        let kernel = shape.kernel()?;
         let terminal = process.terminal.is_some();
         let mut spec = GuestSpec::with_container(self.dir.share(), container, process);
         spec.connect(self.network()?);
-        let mut config = spec.machine_config(&kernel, shape.cpus, shape.memory_mib, &dir.file(state_dir::VSOCK), false);
-        config.cmdline = [config.cmdline, shape.cmdline].join(" ").trim().to_owned();
-        config.transport = GuestSpec::transport(shape.transport, &kernel)?;
+        let config = shape.config(&spec, &kernel, &dir.file(state_dir::VSOCK))?;
         config.validate()?;
         let labels = [("io.husk.oci.id".to_owned(), state.id.clone())].into();
         let image = state.rootfs.display().to_string();
         let record = Record { labels, ..Record::new(dir.id(), image, spec.command(), config.clone()) };
         let mut endpoint = ControlEndpoint::open(dir, record, stream_log::DEFAULT_MAX_BYTES)?;
         endpoint.report_creation_to(self.channel.try_clone()?);
-        let source = machine::boot_source(&kernel, spec.initramfs(&kernel, config.virtio_bus())?)?;
-        let opened = resources::open_for(&config, source)?;
+        let (opened, start) = self.open(&shape, &spec, &kernel, &config, terminal)?;
         self.follow_to_cgroup(opened.1.servers().iter().map(fs::process::Process::id))?;
         let timings = Arc::new(Timings::new(Instant::now()));
-        let start = Start::Contained { stdin: true, terminal };
         let ended = session::run(&config, opened, start, &mut endpoint, self.signals, &timings);
         let was_created = endpoint.is_created();
         // Those of a pod are told apart, and its sandbox does nothing.
@@ -247,6 +247,30 @@ impl Machine<'_> {
             }
             (_, true) => Ok(ended.exit()),
         }
+    }
+
+    /// Opens what the machine needs: a warm one that fits, or else what it boots from.
+    fn open(
+        &self,
+        shape: &Shape,
+        spec: &GuestSpec,
+        kernel: &GuestKernel,
+        config: &MachineConfig,
+        terminal: bool,
+    ) -> Result<((Resources, Outside), Start)> {
+        if let Some(Snapshot { description, files, .. }) = warm::find(shape, config, spec.network()) {
+            let (overlay, run) = spec.begin(&description.config.networks)?;
+            match resources::open_for(config, Source::Snapshot(files)) {
+                Ok(opened) => return Ok((opened, Start::Begin(overlay, run, Attached::default(), None))),
+                Err(error) => {
+                    log::warn!("the warm machine cannot be used, renew it with `husk oci warm`: {error:#}");
+                    // Its files are locked until then.
+                    release::await_exit();
+                }
+            }
+        }
+        let source = machine::boot_source(kernel, spec.initramfs(kernel, config.virtio_bus())?)?;
+        Ok((resources::open_for(config, source)?, Start::Contained { stdin: true, terminal }))
     }
 
     /// Moves this process and its children to the container's cgroup, where its parent is.

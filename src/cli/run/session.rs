@@ -111,7 +111,11 @@ pub fn run(
             (Session::resumed(listener, *received, terminal, change.clone(), endpoints, timings.clone())?, None)
         }
         Start::Begin(overlay, run, _, _) => {
-            (Session::beginning(listener, overlay.clone(), run.clone(), endpoints, timings.clone())?, None)
+            let mut session = Session::beginning(listener, overlay.clone(), run.clone(), endpoints, timings.clone())?;
+            if run.container.is_some() {
+                session.only_forward();
+            }
+            (session, None)
         }
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
     };
