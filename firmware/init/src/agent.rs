@@ -84,12 +84,12 @@ impl Agent {
             {
                 report::say(&failure.message);
             }
-            let one_has_ended = self.serve_others();
+            let may_go_on = self.serve_others();
             if self.main.is_over() {
                 return;
             }
             // Continue with the next session.
-            if !one_has_ended {
+            if !may_go_on {
                 self.wait();
             }
         }
@@ -108,7 +108,8 @@ impl Agent {
         self.main.answer_change(changed);
     }
 
-    /// Makes progress on the sessions opened by the host, without blocking. Returns whether one has ended.
+    /// Makes progress on the sessions opened by the host, without blocking. Returns whether one has ended or was admitted, so that there
+    /// may be more.
     fn serve_others(&mut self) -> bool {
         self.read_hellos();
         let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
@@ -116,7 +117,7 @@ impl Agent {
         for session in &mut self.others {
             session.advance(&mut world);
         }
-        self.admit();
+        let has_admitted = self.admit();
         let before = self.others.len();
         self.others.retain(|session| {
             let is_over = session.is_over();
@@ -125,7 +126,7 @@ impl Agent {
             }
             !is_over
         });
-        self.others.len() < before
+        has_admitted || self.others.len() < before
     }
 
     /// Reaps exited processes, including orphans. When the main one exits, all others are killed.
@@ -197,11 +198,12 @@ impl Agent {
         }
     }
 
-    /// Admits sessions in order of arrival, as soon as the host has said what they are for.
-    fn admit(&mut self) {
+    /// Admits sessions in order of arrival, as soon as the host has said what they are for. Returns whether there was one.
+    fn admit(&mut self) -> bool {
         let admitted = self.others.iter().filter(|session| session.is_admitted());
         let mut contained = admitted.clone().filter(|session| session.is_contained() == Some(true)).count();
-        let mut free = SESSIONS_MAX.saturating_sub(admitted.count());
+        let room = SESSIONS_MAX.saturating_sub(admitted.count());
+        let mut free = room;
         for session in self.others.iter_mut().filter(|session| !session.is_admitted()) {
             let Some(is_contained) = session.is_contained() else { continue };
             if free > 0 && (!is_contained || contained < CONTAINED_MAX) {
@@ -210,6 +212,7 @@ impl Agent {
                 free -= 1;
             }
         }
+        free < room
     }
 
     fn sessions(&self) -> impl Iterator<Item = &Session> {
@@ -298,7 +301,7 @@ mod tests {
     fn sessions_beyond_the_limit_are_admitted_when_others_end() {
         let (mut agent, _main) = agent();
         let mut hosts: Vec<UnixStream> = (1..=SESSIONS_MAX as u64 + 3).map(|id| open(&mut agent, id, None)).collect();
-        assert!(!agent.serve_others());
+        assert!(agent.serve_others() && !agent.serve_others());
         let admitted = |hosts: &[UnixStream]| hosts.iter().map(is_admitted).collect::<Vec<_>>();
         let waiting = hosts.split_off(SESSIONS_MAX);
         assert!(admitted(&hosts).iter().all(|admitted| *admitted));
@@ -310,6 +313,19 @@ mod tests {
         assert!(agent.serve_others());
         agent.serve_others();
         assert_eq!(admitted(waiting.as_slice()), [true, false]);
+    }
+
+    #[test]
+    fn a_process_without_streams_starts_when_it_is_admitted() {
+        let (mut agent, _main) = agent();
+        let mut host = connect(&mut agent, 7, Role::Control);
+        let process = Process { container: Some("none".into()), detached: true, ..Process::default() };
+        let mut message = Vec::new();
+        frame::write(&ToGuest::Start(Box::new(process)), &mut message).unwrap();
+        host.write_all(&message).unwrap();
+        // It is not to wait for anything else.
+        while agent.serve_others() {}
+        assert!(agent.others.iter().all(Session::has_ended), "it has not been tried");
     }
 
     #[test]

@@ -5,11 +5,12 @@
 //! that exists: what the machine has is not to be seen there.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::fchown;
 
 use husk_protocol::{Container, Process};
 use nix::errno::Errno;
+use nix::sys::prctl::set_dumpable;
 use nix::unistd::{AccessFlags, ForkResult, Pid, access, ttyname};
 
 use crate::container::{self, Containers, Member};
@@ -50,7 +51,7 @@ pub fn create(container: &Container, process: &Process, containers: &mut Contain
         Some(member) => member.adopt_children(),
         None => sys::unshare(container.namespaces & PIDS).context("create a PID namespace"),
     };
-    let fork = |_: &Reporter| fork_after(prepare_children);
+    let fork = |_: &Reporter, _: &[RawFd]| fork_after(prepare_children);
     let created = start(process, &Entrance::New(container, containers), fork).and_then(|entering| {
         let first = entering.pid().ok_or_else(|| Failure::new("the container has no process"))?;
         Ok((Member::new(container, first)?, entering))
@@ -62,13 +63,13 @@ pub fn create(container: &Container, process: &Process, containers: &mut Contain
 
 /// Begins to start a process in a container.
 pub fn start_in(member: &Member, process: &Process) -> Result<Entering, Failure> {
-    start(process, &Entrance::Member, |reporter| fork_in(member, reporter))
+    start(process, &Entrance::Member, |reporter, kept| fork_in(member, reporter, kept))
 }
 
 fn start(
     process: &Process,
     entrance: &Entrance,
-    fork: impl FnOnce(&Reporter) -> Result<Forked, Failure>,
+    fork: impl FnOnce(&Reporter, &[RawFd]) -> Result<Forked, Failure>,
 ) -> Result<Entering, Failure> {
     let has_terminal = process.terminal.is_some();
     let (started, streams) = if has_terminal {
@@ -79,9 +80,16 @@ fn start(
         (started, Some(streams))
     };
     let (ours, reporter) = entering::pair()?;
-    match fork(&reporter)? {
+    let own = streams.iter().flat_map(|streams| [&streams.stdin, &streams.stdout, &streams.stderr]);
+    let others = match entrance {
+        Entrance::New(container, containers) => containers.descriptors_of(container),
+        Entrance::Member => Vec::new(),
+    };
+    let kept = own.map(AsRawFd::as_raw_fd).chain(others).chain([reporter.as_fd().as_raw_fd()]).collect::<Vec<_>>();
+    match fork(&reporter, &kept)? {
         Forked::Child => {
-            drop((ours, started));
+            std::mem::forget((ours, started));
+            keep_to_itself(kept);
             reporter.tell(&Told::Failed(become_contained(process, entrance, streams, &reporter)));
             sys::leave()
         }
@@ -106,10 +114,11 @@ fn fork_after(prepare_children: impl FnOnce() -> Result<(), Failure>) -> Result<
 
 /// Forks a process that is in the container of `member` before the container's processes can see it, and what it sees: a helper enters
 /// first, and makes it a child of init.
-fn fork_in(member: &Member, reporter: &Reporter) -> Result<Forked, Failure> {
+fn fork_in(member: &Member, reporter: &Reporter, kept: &[RawFd]) -> Result<Forked, Failure> {
     if let ForkResult::Parent { child } = sys::fork().context("fork a process")? {
         return Ok(Forked::Init { child: None, helper: Some(child) });
     }
+    keep_to_itself([kept, &[member.descriptor()]].concat());
     let told = match member.join().and_then(|()| sys::fork_sibling().context("fork a process")) {
         Ok(ForkResult::Child) => return Ok(Forked::Child),
         Ok(ForkResult::Parent { child }) => Told::Forked(child),
@@ -117,6 +126,14 @@ fn fork_in(member: &Member, reporter: &Reporter) -> Result<Forked, Failure> {
     };
     reporter.tell(&told);
     sys::leave()
+}
+
+/// Separates this child from init before others in its container can see it: they have the same user, and its memory is a copy of init's
+/// until it executes its program. And others wait for the end of connections that init had, while it may be held up.
+fn keep_to_itself(kept: Vec<RawFd>) {
+    // execve(2) takes it back. It cannot fail.
+    let _ = set_dumpable(false);
+    sys::close_others(kept);
 }
 
 /// The owner of what the child gives to its user.
@@ -172,9 +189,6 @@ fn prepare(
     };
     // Init takes it before it says that the process may go; it is closed by execve(2).
     let master = master.map(OwnedFd::into_raw_fd);
-    // Others wait for the end of connections that init had when it made this process, which may wait for long.
-    let own = [&streams.stdin, &streams.stdout, &streams.stderr].map(AsRawFd::as_raw_fd);
-    sys::close_others(own.into_iter().chain(master).chain([reporter.as_fd().as_raw_fd()]).collect());
     reporter.tell(&Told::Ready(master));
     Ok((identity, streams, program))
 }

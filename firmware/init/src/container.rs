@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
@@ -85,6 +85,12 @@ impl Containers {
         self.0.iter_mut().filter(|member| member.id == id).for_each(|member| member.is_complete = true);
     }
 
+    /// The descriptors by which `container` joins others.
+    pub fn descriptors_of(&self, container: &Container) -> Vec<RawFd> {
+        let joined = container.joined.iter().filter_map(|joined| self.find(&joined.container).ok());
+        joined.map(Member::descriptor).collect()
+    }
+
     /// Removes the container `id`, whose first process has ended or is about to, and kills what is left in it.
     pub fn remove(&mut self, id: &str) {
         let Some(index) = self.0.iter().position(|member| member.id == id) else { return };
@@ -109,6 +115,11 @@ impl Member {
         let memory = container.mounts.iter().filter_map(memory).collect();
         let first = sys::open_process(first).context("open the container's process")?;
         Ok(Member { id: container.id.clone(), first, is_complete: false, memory })
+    }
+
+    /// The descriptor by which it is joined.
+    pub fn descriptor(&self) -> RawFd {
+        self.first.as_raw_fd()
     }
 
     /// Makes the next children of this process start in the container's PID namespace.

@@ -65,7 +65,9 @@ pub struct Entering {
     /// Where the terminal is that it has opened, once it is ready.
     terminal: Option<Option<RawFd>>,
     reads_input: bool,
-    has_ended: bool,
+    /// Whether it was reaped, and who was while it was not known which process it is.
+    is_reaped: bool,
+    reaped: Vec<Pid>,
     deadline: Option<Instant>,
     started: Started,
 }
@@ -117,7 +119,10 @@ impl Told {
 
     fn from_bytes(bytes: &[u8]) -> Option<Told> {
         match *bytes {
-            [0, a, b, c, d] => Some(Told::Forked(Pid::from_raw(i32::from_le_bytes([a, b, c, d])))),
+            [0, a, b, c, d] => {
+                let pid = i32::from_le_bytes([a, b, c, d]);
+                (pid > 1).then(|| Told::Forked(Pid::from_raw(pid)))
+            }
             [1, a, b, c, d] => {
                 let number = i32::from_le_bytes([a, b, c, d]);
                 Some(Told::Ready((number >= 0).then_some(number)))
@@ -141,29 +146,26 @@ impl Entering {
     ) -> Self {
         let deadline = Some(Instant::now() + STEP_TIMEOUT);
         let (stage, reads_input) = (Stage::Preparing, process.stdin);
-        Entering { socket, helper, pid, stage, terminal: None, reads_input, has_ended: false, deadline, started }
+        let (terminal, is_reaped, reaped) = (None, false, Vec::new());
+        Entering { socket, helper, pid, stage, terminal, reads_input, is_reaped, reaped, deadline, started }
     }
 
     /// A process that executes its program without being told to.
     pub fn going(socket: OwnedFd, started: Started) -> Self {
         let pid = Some(started.pid);
-        let (stage, reads_input) = (Stage::Going, false);
-        Entering {
-            socket,
-            helper: None,
-            pid,
-            stage,
-            terminal: None,
-            reads_input,
-            has_ended: false,
-            deadline: None,
-            started,
-        }
+        let mut entering = Entering::preparing(socket, pid, None, &Process::default(), started);
+        (entering.stage, entering.deadline) = (Stage::Going, None);
+        entering
     }
 
     /// Its ID, once it is known.
     pub fn pid(&self) -> Option<Pid> {
         self.pid
+    }
+
+    /// Whether it was reaped, so that its ID may be another's.
+    pub fn is_reaped(&self) -> bool {
+        self.is_reaped
     }
 
     /// What the process has reached since the last call, or why it never will; then this is of no more use. Does not block.
@@ -186,21 +188,23 @@ impl Entering {
         loop {
             match recv(self.socket.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT) {
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) if self.has_ended => return self.close(),
+                Err(Errno::EAGAIN) if self.is_reaped => return self.close(),
                 Err(Errno::EAGAIN) => break,
                 Err(_) | Ok(0) => return self.close(),
                 Ok(len) => match packet.get(..len).and_then(Told::from_bytes) {
-                    Some(Told::Forked(pid)) => (self.pid, self.helper) = (Some(pid), None),
-                    Some(Told::Ready(terminal)) => self.terminal = Some(terminal),
-                    Some(Told::Failed(failure)) => {
-                        // It exits by itself.
-                        self.has_ended = true;
-                        return Err(failure);
+                    // From its helper, once.
+                    Some(Told::Forked(pid)) if self.stage == Stage::Preparing && self.pid.is_none() => {
+                        (self.pid, self.helper) = (Some(pid), None);
+                        self.is_reaped = self.reaped.contains(&pid);
                     }
-                    None => {}
+                    Some(Told::Ready(terminal)) if self.stage == Stage::Preparing => self.terminal = Some(terminal),
+                    Some(Told::Failed(failure)) => return Err(failure),
+                    _ => {}
                 },
             }
-            if let (Stage::Preparing, Some(pid), Some(terminal)) = (self.stage, self.pid, self.terminal) {
+            if let (Stage::Preparing, Some(pid), Some(terminal), false) =
+                (self.stage, self.pid, self.terminal, self.is_reaped)
+            {
                 return self.note_ready(pid, terminal).map(Some);
             }
         }
@@ -222,7 +226,6 @@ impl Entering {
 
     /// Nobody has the other end any more: it closes when the program is executed.
     fn close(&mut self) -> Result<Option<Reached>, Failure> {
-        self.has_ended |= self.stage != Stage::Going;
         match self.stage {
             Stage::Going => Ok(Some(Reached::Program)),
             _ => Err(Failure::new("the process has ended before it was ready")),
@@ -254,7 +257,10 @@ impl Entering {
         if self.helper == Some(pid) {
             self.helper = None;
         }
-        self.has_ended |= self.pid == Some(pid);
+        if self.pid.is_none() {
+            self.reaped.push(pid);
+        }
+        self.is_reaped |= self.pid == Some(pid);
         self.pid == Some(pid)
     }
 
@@ -269,7 +275,7 @@ impl Entering {
     }
 
     fn kill(&self) {
-        for pid in [self.helper, self.pid.filter(|_| !self.has_ended)].into_iter().flatten() {
+        for pid in [self.helper, self.pid.filter(|_| !self.is_reaped)].into_iter().flatten() {
             let _ = sys::send_signal(pid, libc::SIGKILL as u8);
         }
     }
@@ -317,8 +323,10 @@ mod tests {
         assert!(entering.awaits().is_none() && entering.deadline().is_none());
         assert_eq!((entering.take_streams().pid, entering.advance()), (pid_of(&child), Ok(None)));
         entering.go();
+        // Nobody can make it another one.
+        theirs.tell(&Told::Forked(Pid::from_raw(2)));
         theirs.await_go();
-        assert_eq!(entering.advance(), Ok(None));
+        assert_eq!((entering.advance(), entering.pid()), (Ok(None), Some(pid_of(&child))));
         drop(theirs);
         assert_eq!(entering.advance(), Ok(Some(Reached::Program)));
         drop(entering);
@@ -336,6 +344,9 @@ mod tests {
         }
         let long = Told::Failed(Failure { message: "x".repeat(2 * MESSAGE_BYTES_MAX), code: 1 }).to_bytes();
         assert_eq!(long.len(), MESSAGE_BYTES_MAX);
+        for pid in [-1, 0, 1] {
+            assert_eq!(Told::from_bytes(&Told::Forked(Pid::from_raw(pid)).to_bytes()), None);
+        }
     }
 
     #[test]
@@ -345,6 +356,12 @@ mod tests {
         assert!(!entering.note_end(Pid::from_raw(1)) && entering.advance() == Ok(None));
         child.kill().and_then(|()| child.wait()).unwrap();
         assert!(entering.note_end(pid_of(&child)));
+        assert_eq!(entering.advance().unwrap_err().message, "the process has ended before it was ready");
+        // Also before it was known which one it is.
+        let (mut entering, theirs) = preparing(None);
+        assert!(!entering.note_end(Pid::from_raw(1234)));
+        theirs.tell(&Told::Ready(None));
+        theirs.tell(&Told::Forked(Pid::from_raw(1234)));
         assert_eq!(entering.advance().unwrap_err().message, "the process has ended before it was ready");
         let (mut entering, theirs) = preparing(None);
         theirs.tell(&Told::Failed(Failure::new("why")));

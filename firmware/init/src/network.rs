@@ -260,9 +260,10 @@ mod tests {
     #[test]
     fn messages_have_their_stated_length() {
         let v6: IpAddr = "fd00::15".parse().unwrap();
-        let up = link(2, Some([2, 0, 0, 0, 0, 1]), true);
+        let up = link(2, Some([2, 0, 0, 0, 0, 1]), None, true);
         assert_eq!(up.finish()[24..], [1, 0, 0, 0, 1, 0, 0, 0, 10, 0, 1, 0, 2, 0, 0, 0, 0, 1, 0, 0]);
-        assert_eq!(link(2, None, false).finish()[24..], [0, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(link(2, None, None, false).finish()[24..], [0, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(link(2, None, Some(1400), true).finish()[32..], [8, 0, 4, 0, 120, 5, 0, 0]);
         for message in [
             up,
             old_address(2, v6, 64),
@@ -282,7 +283,7 @@ mod tests {
     fn the_kernel_responds_to_requests() {
         let network = Network::open().unwrap();
         // For root the interface does not exist; other users lack permission.
-        let answer = network.bring_up(0x7fff_fff0, None);
+        let answer = network.bring_up(0x7fff_fff0, None, None);
         assert!(matches!(answer, Err(Errno::ENODEV | Errno::EPERM)), "{answer:?}");
         let refusal = find([2, 0xff, 0xff, 0xff, 0xff, 0xff], Duration::ZERO).unwrap_err();
         assert!(refusal.message.contains("02:ff:ff:ff:ff:ff"), "{}", refusal.message);

@@ -39,6 +39,8 @@ pub struct Session {
     /// The process until it has executed its program, and what it is to be told then.
     entering: Option<Entering>,
     held: Vec<ToGuest>,
+    /// The first process of a container that has failed to start, until it was reaped.
+    dying: Option<Pid>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
@@ -67,6 +69,7 @@ impl Session {
             container: None,
             entering: None,
             held: Vec::new(),
+            dying: None,
             stdin: None,
             stdout: None,
             stderr: None,
@@ -235,6 +238,10 @@ impl Session {
         if self.entering.as_mut().is_some_and(|entering| entering.note_end(pid)) {
             self.follow(containers);
         }
+        if self.dying == Some(pid) {
+            self.dying = None;
+            self.leave_container(containers);
+        }
         if self.pid != Some(pid) {
             return false;
         }
@@ -244,13 +251,14 @@ impl Session {
             Ended::Signaled(number) => ToHost::Signaled(number),
         });
         (self.pid, self.input, self.terminal) = (None, None, None);
-        if let Some(id) = &self.container {
+        if let Some(id) = &self.container
             // The main session tells it of the whole machine.
-            if self.id != MAIN_SESSION && cgroup::ran_out_of_memory(id) {
-                self.control.say(&ToHost::OutOfMemory);
-            }
-            containers.remove(id);
+            && self.id != MAIN_SESSION
+            && cgroup::ran_out_of_memory(id)
+        {
+            self.control.say(&ToHost::OutOfMemory);
         }
+        self.leave_container(containers);
         true
     }
 
@@ -261,7 +269,7 @@ impl Session {
 
     /// Whether nothing is left to do.
     pub fn is_over(&self) -> bool {
-        self.is_left() && (self.container.is_none() || self.pid.is_none())
+        self.is_left() && self.dying.is_none() && (self.container.is_none() || self.pid.is_none())
     }
 
     /// Whether the host has left it. The process goes on, unless it is the first of a container.
@@ -294,7 +302,7 @@ impl Session {
         self.start_when_complete(world);
         self.follow(world.containers);
         if self.is_left() && !self.is_cut() {
-            self.give_up_start(world.containers);
+            self.give_up_start();
         }
         if self.is_left()
             && let Some(id) = &self.container
@@ -305,6 +313,7 @@ impl Session {
         }
         if self.outputs.iter().all(|(_, pump)| pump.is_done())
             && !self.told
+            && self.dying.is_none()
             && let Some(end) = &self.end
         {
             self.told = true;

@@ -249,14 +249,14 @@ pub fn descriptor_of(pid: Pid, fd: i32) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(duplicate as i32) })
 }
 
-/// Closes all descriptors of this process, which is about to execute a program, from 3 on, except those (close_range(2), Linux 5.9 and
-/// later).
+/// Closes all descriptors of this process, a child that will execute a program or exit, from 3 on, except those (close_range(2), Linux 5.9
+/// and later).
 pub fn close_others(mut kept: Vec<RawFd>) {
     kept.sort_unstable();
     let mut first = 3;
     for end in kept.into_iter().chain([RawFd::MAX]) {
         if first < end {
-            // SAFETY: the process uses no descriptor any more but those that are kept, and drops none before it ends.
+            // SAFETY: the child uses no descriptor any more but those that are kept, and returns to no owner of another.
             unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) };
         }
         first = first.max(end.saturating_add(1));

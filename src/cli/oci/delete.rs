@@ -35,7 +35,7 @@ pub fn delete(flags: &Flags, id: &str, force: bool) -> Result<()> {
         Ok(found) => found,
         Err(_) if force => {
             // Nothing may be known of it, or what is known be damaged.
-            if let Some(process) = supervise::find(&root, id) {
+            for process in supervise::find(&root, id) {
                 kill::send(process, libc::SIGKILL)?;
                 kill::await_end(process, kill::KILL_TIMEOUT)?;
             }

@@ -62,15 +62,15 @@ pub fn kill(dir: &Dir, state: &State, signal: u8) -> Result<()> {
 /// Ends the container, and its machine if that is its own, by killing its process, which need not answer. The processes of one that
 /// shares its machine are killed first, so that none of them outlives it, unless the guest does not do so in time.
 pub fn kill_now(state: &State) -> Result<()> {
+    let Some(process) = state.process.filter(ProcessId::is_alive) else { return Ok(()) };
     if state.pod.is_some()
         && state.machine().is_ok_and(|machine| !matches!(machine.state(), MachineState::Paused { .. }))
-        && let Some(process) = state.process
         && super::cgroup::kill(state, GUEST_TIMEOUT).is_ok()
         && await_end(process, GUEST_TIMEOUT).is_ok()
     {
         return Ok(());
     }
-    state.process.map_or(Ok(()), |process| send(process, libc::SIGKILL))
+    send(process, libc::SIGKILL)
 }
 
 /// Waits until a process that was killed has ended.

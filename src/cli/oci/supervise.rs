@@ -7,6 +7,7 @@
 
 use std::os::fd::{AsFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Child;
@@ -46,7 +47,7 @@ use crate::oci::share::Files;
 use crate::oci::state::{Dir, ProcessId, Root, State};
 use crate::oci::{guest, share, warm};
 use crate::resources::guest_kernel::GuestKernel;
-use crate::resources::{self, Outside, Resources, Source, interface};
+use crate::resources::{self, Source, interface};
 use crate::snapshot::Snapshot;
 use crate::state_dir::record::Record;
 use crate::state_dir::{self, MachineDir, StateDir};
@@ -138,22 +139,29 @@ impl Supervise {
     }
 }
 
-/// The process of the container `id` for its engine, by its command line, if nothing else says which it is.
-pub fn find(root: &Root, id: &str) -> Option<ProcessId> {
+/// The process of the container `id` for its engine, by its command line, if nothing else says which it is. Only this user's are asked for.
+pub fn find(root: &Root, id: &str) -> Vec<ProcessId> {
+    let own = rustix::process::geteuid().as_raw();
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let is_it = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        is_command_of(&line, root.path(), id)
+        let owner = std::fs::metadata(format!("/proc/{pid}")).map(|found| found.uid());
+        owner.is_ok_and(|owner| owner == own) && is_command_of(&line, root.path(), id)
     };
-    pids.filter(is_it).find_map(ProcessId::of)
+    pids.filter(is_it).filter_map(ProcessId::of).collect()
 }
 
 /// Whether `line`, with a NUL byte after each word, is what [`Creation`](super::create) starts for the container `id`.
 fn is_command_of(line: &[u8], root: &Path, id: &str) -> bool {
     let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
     let [_, b"oci", b"--root", path, b"supervise", rest @ ..] = &words[..] else { return false };
-    *path == root.as_os_str().as_bytes() && rest.contains(&id.as_bytes()) && !rest.contains(&&b"--machine"[..])
+    let id = id.as_bytes();
+    let is_id = match rest {
+        [b"--session", word, channel, ..] | [word, channel, ..] => *word == id && channel.starts_with(b"--channel="),
+        _ => false,
+    };
+    *path == root.as_os_str().as_bytes() && is_id
 }
 
 /// Puts this process into the container's cgroup on the host.
@@ -217,7 +225,6 @@ impl Machine<'_> {
     fn run(&self, dir: MachineDir, state: &State, container: Container, process: Process) -> Result<Exit> {
         let shape = Shape::of(self.config)?;
         let kernel = shape.kernel()?;
-        let terminal = process.terminal.is_some();
         let mut spec = GuestSpec::with_container(self.dir.share(), container, process);
         spec.connect(self.network()?);
         let config = shape.config(&spec, &kernel, &dir.file(state_dir::VSOCK))?;
@@ -227,10 +234,18 @@ impl Machine<'_> {
         let record = Record { labels, ..Record::new(dir.id(), image, spec.command(), config.clone()) };
         let mut endpoint = ControlEndpoint::open(dir, record, stream_log::DEFAULT_MAX_BYTES)?;
         endpoint.report_creation_to(self.channel.try_clone()?);
-        let (opened, start) = self.open(&shape, &spec, &kernel, &config, terminal)?;
-        self.follow_to_cgroup(opened.1.servers().iter().map(fs::process::Process::id))?;
-        let timings = Arc::new(Timings::new(Instant::now()));
-        let ended = session::run(&config, opened, start, &mut endpoint, self.signals, &timings);
+        let warm = warm::find(&shape, &config, spec.network());
+        let is_warm = warm.is_some();
+        let mut ended = self.start(&spec, &kernel, &config, warm, &mut endpoint);
+        if is_warm
+            && let Err(error) = &ended
+            && !endpoint.has_run()
+        {
+            log::warn!("the warm machine cannot be used, renew it with `husk oci warm`: {error:#}");
+            // Its files are locked until then.
+            release::await_exit();
+            ended = self.start(&spec, &kernel, &config, None, &mut endpoint);
+        }
         let was_created = endpoint.is_created();
         // Those of a pod are told apart, and its sandbox does nothing.
         if endpoint.ran_out_of_memory() && !pod::is_sandbox(self.config) {
@@ -249,28 +264,29 @@ impl Machine<'_> {
         }
     }
 
-    /// Opens what the machine needs: a warm one that fits, or else what it boots from.
-    fn open(
+    /// Runs the machine, from a warm one or by booting.
+    fn start(
         &self,
-        shape: &Shape,
         spec: &GuestSpec,
         kernel: &GuestKernel,
         config: &MachineConfig,
-        terminal: bool,
-    ) -> Result<((Resources, Outside), Start)> {
-        if let Some(Snapshot { description, files, .. }) = warm::find(shape, config, spec.network()) {
-            let (overlay, run) = spec.begin(&description.config.networks)?;
-            match resources::open_for(config, Source::Snapshot(files)) {
-                Ok(opened) => return Ok((opened, Start::Begin(overlay, run, Attached::default(), None))),
-                Err(error) => {
-                    log::warn!("the warm machine cannot be used, renew it with `husk oci warm`: {error:#}");
-                    // Its files are locked until then.
-                    release::await_exit();
-                }
+        warm: Option<Snapshot>,
+        endpoint: &mut ControlEndpoint,
+    ) -> Result<Ended> {
+        let (source, start) = match warm {
+            Some(Snapshot { description, files, path, .. }) => {
+                let (overlay, run) = spec.begin(&description.config.networks)?;
+                let unrecorded = files.touched.is_none().then_some(path);
+                (Source::Snapshot(files), Start::Begin(overlay, run, Attached::default(), unrecorded))
             }
-        }
-        let source = machine::boot_source(kernel, spec.initramfs(kernel, config.virtio_bus())?)?;
-        Ok((resources::open_for(config, source)?, Start::Contained { stdin: true, terminal }))
+            None => {
+                let source = machine::boot_source(kernel, spec.initramfs(kernel, config.virtio_bus())?)?;
+                (source, Start::Contained { stdin: true, terminal: spec.on_terminal() })
+            }
+        };
+        let opened = resources::open_for(config, source)?;
+        self.follow_to_cgroup(opened.1.servers().iter().map(fs::process::Process::id))?;
+        session::run(config, opened, start, endpoint, self.signals, &Arc::new(Timings::new(Instant::now())))
     }
 
     /// Moves this process and its children to the container's cgroup, where its parent is.
@@ -309,7 +325,10 @@ mod tests {
         let is = |line: &str| is_command_of(line.replace(' ', "\0").as_bytes(), Path::new("/run/husk-oci"), "a");
         assert!(is("husk oci --root /run/husk-oci supervise --session a --channel=5 "));
         assert!(!is("husk oci --root /run/husk-oci supervise --machine a --channel=5 "));
-        assert!(!is("husk oci --root /run/husk-oci supervise b --channel=5 "));
+        assert!(is("husk oci --root /run/husk-oci supervise a --channel=5 --terminal "));
+        for other in ["b", "--session b", "b a"] {
+            assert!(!is(&format!("husk oci --root /run/husk-oci supervise {other} --channel=5 ")), "{other}");
+        }
         assert!(!is("husk oci --root /run/other supervise a --channel=5 ") && !is("husk oci") && !is(""));
     }
 }

@@ -39,6 +39,10 @@ A container starts from a warm machine by itself if its machine would boot in th
 the same kernel, CPUs, memory and number of interfaces; the annotation io.husk.warm=false boots it.
 Run this again when husk, a kernel, or the processor has changed: outdated ones are removed.";
 
+/// Why there is no machine with a network.
+const NEEDS_ROOT: &str =
+    "create a network namespace: use sudo, or for rootless containers `podman unshare husk oci warm`";
+
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Warm {
@@ -80,12 +84,16 @@ impl Warm {
         };
         let dir = warm::dir()?;
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        // Their network devices are nobody's.
-        if self.interfaces.iter().any(|count| *count > 0) {
-            crate::sys::namespaces::unshare(UnshareFlags::NEWNET).context("create a network namespace (as root)")?;
-        }
-        for interfaces in self.interfaces {
-            let path = make(&dir, &shape, interfaces.into())?;
+        let mut all: Vec<usize> = self.interfaces.iter().map(|count| usize::from(*count)).collect();
+        all.sort_unstable();
+        let mut is_alone = false;
+        for interfaces in all {
+            if interfaces > 0 && !is_alone {
+                // Their network devices are nobody's.
+                crate::sys::namespaces::unshare(UnshareFlags::NEWNET).context(NEEDS_ROOT)?;
+                is_alone = true;
+            }
+            let path = make(&dir, &shape, interfaces)?;
             crate::cli::print(&format!("{}\n", path.display()))?;
         }
         let all = fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))?;

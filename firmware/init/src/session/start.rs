@@ -15,6 +15,7 @@ use crate::errors::Failure;
 use crate::process::{self, Started};
 use crate::pump::Pump;
 use crate::report;
+use crate::sys;
 
 /// What a process finds in the machine when it is started.
 pub struct World<'a> {
@@ -62,11 +63,14 @@ impl Session {
                 Ok(Some(Reached::Ready)) => self.note_ready(containers),
                 Ok(Some(Reached::Program)) => self.note_running(),
                 Err(failure) => {
-                    self.entering = None;
                     // How it exits is not how the program has ended.
-                    (self.pid, self.input, self.terminal) = (None, None, None);
+                    self.dying = entering.pid().filter(|_| self.container.is_some() && !entering.is_reaped());
+                    (self.entering, self.pid, self.input, self.terminal) = (None, None, None, None);
                     self.outputs.clear();
-                    self.leave_container(containers);
+                    match self.dying {
+                        Some(pid) => drop(sys::send_signal(pid, libc::SIGKILL as u8)),
+                        None => self.leave_container(containers),
+                    }
                     self.fail(failure);
                 }
             }
@@ -102,16 +106,16 @@ impl Session {
     }
 
     /// Kills a process that has not executed its program, since the host has left.
-    pub(super) fn give_up_start(&mut self, containers: &mut Containers) {
+    pub(super) fn give_up_start(&mut self) {
         let Some(entering) = self.entering.take() else { return };
-        if self.container.is_some() && self.pid.is_none() {
+        if self.container.is_some() {
             // The session is over when it has ended.
             self.pid = entering.pid();
-            self.leave_container(containers);
         }
     }
 
-    fn leave_container(&self, containers: &mut Containers) {
+    /// Removes the container of this session, if it has one, whose first process has ended.
+    pub(super) fn leave_container(&self, containers: &mut Containers) {
         if let Some(id) = &self.container {
             containers.remove(id);
         }
