@@ -81,7 +81,7 @@ impl Cache {
 pub struct Options {
     /// Whether the guest can change nothing.
     pub readonly: bool,
-    /// Whether that begins only when the folder is [sealed](Server::seal): it is empty, and gets what it is to contain.
+    /// Whether that begins only when the folder is sealed: it is empty, and gets what it is to contain.
     pub fills: bool,
     /// What the guest's kernel keeps.
     pub cache: Cache,
