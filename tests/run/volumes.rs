@@ -125,6 +125,15 @@ fn a_readonly_volume_begins_with_the_images_content() {
     );
 }
 
+#[test]
+fn a_restart_leaves_volumes_as_they_are() {
+    let house = House { guests: guests::guests!(), runtime: tempfile::tempdir().unwrap(), volume: "tests-again" };
+    let flags = ["-d", "--name", "one", "--restart", "on-failure:1", "-v", "tests-again:/srv"];
+    let flags = [&flags[..], &["--mount", "type=volume,target=/bin,readonly"]].concat();
+    house.run(&flags, "grep -c changed /srv/not-a-program; echo changed >/srv/not-a-program; exit 1").expect(0);
+    house.await_log("0\n1\n");
+}
+
 /// The numbers in a file, one per line, without an incomplete last one.
 fn numbers(path: &std::path::Path) -> Vec<u32> {
     let text = fs::read_to_string(path).unwrap_or_default();

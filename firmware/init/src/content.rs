@@ -15,10 +15,14 @@ use crate::report;
 /// A user that no volume belongs to by itself.
 const ANOTHER: u32 = 1;
 
-/// Copies the directory `from` of the image, if there is one, to the empty directory `to`, with modes, times, hard links and the
-/// attributes that a volume can have, and with owners if the host has users for them. Devices and the like are left out.
+/// Copies the directory `from` of the image, if there is one, to the directory `to`, with modes, times, hard links and the
+/// attributes that a volume can have, and with owners if the host has users for them. Devices and the like are left out. Does nothing unless
+/// `to` is empty: the machine may have been started again by its restart policy, or another one have filled it meanwhile.
 pub fn fill(to: &Path, from: &Path) -> Result<(), Failure> {
     let what = || format!("copy {} of the image to its volume", from.display());
+    if fs::read_dir(to).context(what())?.next().is_some() {
+        return Ok(());
+    }
     let Ok(found) = fs::metadata(from) else { return Ok(()) };
     let Some(first) = fs::read_dir(from).context(what())?.next() else { return take_after(to, &found).context(what()) };
     first.context(what())?;
@@ -95,6 +99,10 @@ mod tests {
         assert_eq!(inode("same"), inode("deep/er/f"));
         let owner = |path: &Path| fs::metadata(path).unwrap().uid();
         assert_eq!(owner(&to), owner(&from), "the one that was tried is not left");
+        // What has changed since stays.
+        fs::write(to.join("same"), "changed").unwrap();
+        fill(&to, &from).unwrap();
+        assert_eq!(fs::read_to_string(to.join("same")).unwrap(), "changed");
         fs::remove_dir_all(from.join("deep")).unwrap();
         fs::remove_file(from.join("link")).unwrap();
         fs::remove_file(from.join("same")).unwrap();
