@@ -15,6 +15,8 @@ pub const RECORD_BYTES_MAX: usize = 8192 * RUN_BYTES;
 /// The maximum number of pages that are copied in advance: 16 MiB. A machine that writes to more does so because of its command, and
 /// the next command may be another one.
 const WRITTEN_PAGES_MAX: u32 = 4096;
+/// How many pages are provided before it is asked again whether that is to stop.
+const PART_PAGES: usize = 512;
 
 /// Adjacent pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,16 +67,21 @@ fn runs(record: &[u8]) -> impl Iterator<Item = Run> {
 /// Provides the pages of a record in advance, until `is_stopped`: those of the file, or copies of them. Their content stays as it is.
 /// What is not in the memory, or not possible on this host, is left out.
 pub fn populate(memory: &GuestMemory, record: &[u8], is_stopped: impl Fn() -> bool) {
+    let memory_pages = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() / PAGE_BYTES as u64;
     for written in [true, false] {
         let mut left = WRITTEN_PAGES_MAX;
         for run in runs(record).filter(|run| run.is_written == written) {
-            if is_stopped() {
-                return;
-            }
             let pages = if written { run.pages.min(left) } else { run.pages };
             left = left.saturating_sub(pages);
-            let start = u64::from(run.first) * PAGE_BYTES as u64;
-            populate_range(memory, start, start + u64::from(pages) * PAGE_BYTES as u64, written);
+            let first = u64::from(run.first);
+            let end = memory_pages.min(first + u64::from(pages));
+            for part in (first..end).step_by(PART_PAGES) {
+                if is_stopped() {
+                    return;
+                }
+                let part_end = end.min(part + PART_PAGES as u64);
+                populate_range(memory, part * PAGE_BYTES as u64, part_end * PAGE_BYTES as u64, written);
+            }
         }
     }
 }
@@ -138,6 +145,10 @@ mod tests {
             u64::from_ne_bytes(entry) >> 61 == 0b100
         };
         assert_eq!([2, 7, 9, 8191].map(is_copy), [false, true, false, true]);
+        // One run is longer than what is provided at once.
+        let calls = std::cell::Cell::new(0);
+        populate(&memory, &record((1000..2000).map(|page| (page, true))), || calls.replace(calls.get() + 1) > 0);
+        assert_eq!([1000, 1511, 1512].map(is_copy), [true, true, false]);
         let mut found = [0; 7];
         memory.read_slice(&mut found, GuestAddress(7 * PAGE_BYTES as u64)).unwrap();
         assert_eq!(&found, b"content");

@@ -145,17 +145,19 @@ fn is_numbered(name: &str) -> bool {
     index.is_some_and(|index| index.parse::<usize>().is_ok())
 }
 
+/// Whether it is the name of a record of touched memory, or of one that was being written.
+fn is_touched(name: &str) -> bool {
+    let number = |rest: &str| rest.strip_prefix('.').is_some_and(|pid| pid.parse::<u32>().is_ok());
+    name.strip_prefix(TOUCHED).is_some_and(|rest| rest.is_empty() || number(rest))
+}
+
 /// Fails unless the directory is empty or has an incomplete snapshot, whose files are returned.
 fn check_replaceable(path: &Path) -> Result<Vec<String>> {
     let mut left = Vec::new();
     for entry in fs::read_dir(path)? {
         match entry?.file_name().into_string() {
             Ok(name) if name == STATE => bail!("it exists: remove it, or choose another directory"),
-            Ok(name)
-                if [MEMORY, CHANGED, NEW_STATE].contains(&&*name)
-                    || is_numbered(&name)
-                    || name.starts_with(TOUCHED) =>
-            {
+            Ok(name) if [MEMORY, CHANGED, NEW_STATE].contains(&&*name) || is_numbered(&name) || is_touched(&name) => {
                 left.push(name)
             }
             _ => bail!("the directory is not empty: choose another one"),
@@ -202,6 +204,12 @@ mod tests {
         assert!(refused(&dir.path().join("a/b")).ends_with("No such file or directory (os error 2)"));
         assert!(refused(&path.join(STATE)).ends_with("not a directory: choose another name"));
         assert!(path.join(STATE).exists(), "a refusal removes nothing");
+        let photos = dir.path().join("photos");
+        fs::create_dir(&photos).unwrap();
+        fs::write(photos.join("touched-up.jpg"), "").unwrap();
+        assert!(refused(&photos).ends_with("the directory is not empty: choose another one"));
+        assert!(photos.join("touched-up.jpg").exists());
+        assert!(is_touched("touched") && is_touched("touched.123") && !is_touched("touched.jpg"));
     }
 
     #[test]
