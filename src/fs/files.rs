@@ -32,9 +32,12 @@ impl Worker {
         let mut body = Body::default();
         let cache = self.server.options.cache;
         // What the guest's kernel has of a file is otherwise dropped when it is opened.
-        let is_unchanged = cache == Cache::Auto && inode.is_as_last_opened(&attributes(&file)?);
+        let stat = (cache == Cache::Auto).then(|| attributes(&file)).transpose()?;
+        let handle = self.keep(file, flags)?;
+        // Only of an opening that has not failed: the guest has dropped nothing then.
+        let is_unchanged = stat.is_some_and(|stat| inode.is_as_last_opened(&stat));
         let kept = if is_unchanged { open_flag::KEEP_CACHE } else { 0 };
-        body.open(self.keep(file, flags)?, cache.open_flags() | kept);
+        body.open(handle, cache.open_flags() | kept);
         Ok(Reply::Body(body.0))
     }
 
@@ -131,7 +134,9 @@ impl Worker {
         if size > call.data_bytes {
             return Err(Errno::INVAL);
         }
-        let appends = handle.appends() && flags & WRITE_CACHE == 0;
+        // A guest that writes later knows the end of the file better than its host.
+        let writes_later = self.server.options.cache == Cache::Writeback;
+        let appends = handle.appends() && flags & WRITE_CACHE == 0 && !writes_later;
         let done = self.without_privilege(flags & WRITE_KILL_SUIDGID != 0, || {
             let mut done = 0;
             while done < size {

@@ -26,6 +26,8 @@ pub struct Inode {
 const NEVER: i64 = i64::MIN;
 /// A file that was changed so recently may change again without another time of change, which is that of the kernel's last tick.
 const SETTLED_AFTER: Duration = Duration::from_millis(100);
+/// The same where the file system may keep whole seconds, or every other one.
+const SETTLED_AFTER_COARSE: Duration = Duration::from_secs(3);
 
 impl Inode {
     /// An inode with this descriptor and these attributes.
@@ -38,7 +40,8 @@ impl Inode {
     pub fn is_as_last_opened(&self, stat: &Statx) -> bool {
         let changed = stat.stx_ctime.tv_sec.saturating_mul(1_000_000_000).saturating_add(stat.stx_ctime.tv_nsec.into());
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        let settled = i64::try_from(now.saturating_sub(SETTLED_AFTER).as_nanos()).unwrap_or(NEVER);
+        let after = if stat.stx_ctime.tv_nsec == 0 { SETTLED_AFTER_COARSE } else { SETTLED_AFTER };
+        let settled = i64::try_from(now.saturating_sub(after).as_nanos()).unwrap_or(NEVER);
         let as_of = if changed < settled { changed } else { NEVER };
         self.opened_as_of.swap(as_of, Ordering::AcqRel) == as_of && as_of != NEVER
     }
