@@ -3,7 +3,6 @@
 mod launch;
 mod restart;
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -286,10 +285,12 @@ impl LifecycleArgs {
         let labels = self.labels.labels()?;
         if earlier.is_none() {
             if self.stays() || state == State::Created {
-                let ours = |word: &OsString| word == IN_BACKGROUND;
                 let mut words = argv::all().to_vec();
-                if let Some(place) = words.iter().position(ours) {
-                    words.remove(place);
+                // What husk has added, each before the user's own words.
+                for ours in [IN_BACKGROUND, UNSIGNALED_FLAG] {
+                    if let Some(place) = words.iter().position(|word| word == ours) {
+                        words.remove(place);
+                    }
                 }
                 Origin::here(words)?.write(dir)?;
             }

@@ -227,14 +227,14 @@ impl Run {
         if let Some(cpus) = self.docker.cpus()? {
             self.machine.cpus = cpus;
         }
-        // Before an image is pulled.
-        self.machine.check()?;
         self.lifecycle.check_labels()?;
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = match &self.from {
             Some(dir) => self.machine.adopt(dir)?.into(),
             None => words.next().unwrap_or_default(),
         };
+        // Before it is pulled.
+        self.machine.check()?;
         let mut command: Vec<OsString> = words.collect();
         // After `--`, everything is the command.
         if command.first().is_some_and(|word| word == "--") {

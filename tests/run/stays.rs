@@ -46,6 +46,17 @@ fn a_machine_keeps_what_it_changes_until_it_is_removed() {
 }
 
 #[test]
+fn a_machine_that_is_sent_no_signals_can_be_started_again() {
+    let machines = Machines::new(guests!());
+    let words = ["--name", "job", "--sig-proxy=false", archive(), "sh", "-c", "exit 4"];
+    with(&machines, false, &words, b"").expect(4);
+    for flags in [&["start", "-a", "job"][..], &["start", "-a", "--sig-proxy=false", "job"]] {
+        let again = finish(machines.command(flags), Vec::new());
+        assert_eq!(again.code, Some(4), "{}", again.errors);
+    }
+}
+
+#[test]
 fn a_machine_survives_its_husk_and_the_state_directory() {
     let machines = Machines::new(guests!());
     let script = "cat /srv/runs; echo run >>/srv/runs; sync; exec sleep 1000";
