@@ -195,6 +195,13 @@ fn a_container_of_a_pod_fails_by_itself() {
     let processes = exec(&runtime, "pause", "cat /sys/fs/cgroup/container-late/cgroup.procs");
     assert_eq!(processes.output, "");
     runtime.run(&["delete", "late"]).expect(0);
+    // Killing the process on the host that stands for a further one kills that.
+    let mut entered = runtime.command(&["exec", "pause", "sleep", "7777"]).spawn().unwrap();
+    let is_there = || runtime.run(&["ps", "pause"]).output.contains("sleep 7777");
+    await_that(is_there, || "it does not start".into());
+    entered.kill().unwrap();
+    entered.wait().unwrap();
+    await_that(|| !is_there(), || "it is left in the guest".into());
     // It stops whoever is to enter it, which is nobody else's loss.
     start(&runtime, "stopper", "while :; do kill -STOP -1; done", pod);
     let mut held_up = runtime.command(&["exec", "stopper", "sleep", "1000"]).spawn().unwrap();

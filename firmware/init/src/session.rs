@@ -277,6 +277,11 @@ impl Session {
         self.finished || !self.control.is_open()
     }
 
+    /// Whether the host is gone without a word, and not because the machine was restored.
+    fn is_lost(&self) -> bool {
+        !self.control.is_open() && !self.finished && !self.is_cut()
+    }
+
     /// The machine's exit code if this is the main session.
     pub fn exit_code(&self) -> u8 {
         match self.end {
@@ -303,6 +308,13 @@ impl Session {
         self.follow(world.containers);
         if self.is_left() && !self.is_cut() {
             self.give_up_start();
+        }
+        if self.is_lost()
+            && self.is_contained == Some(true)
+            && let Some(pid) = self.pid
+        {
+            // Whoever kills the process on the host that stands for it means this one.
+            let _ = sys::send_signal(pid, libc::SIGKILL as u8);
         }
         if self.is_left()
             && let Some(id) = &self.container

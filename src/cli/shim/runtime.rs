@@ -96,6 +96,8 @@ impl Runtime {
     fn begin_with_terminal(&self, bundle: &Path, mut words: Vec<OsString>, last: &[OsString]) -> Result<File> {
         let socket = Temporary(self.place.further(self.files.fetch_add(1, Ordering::Relaxed)));
         let what = || format!("listen at {}", socket.0.display());
+        // Left by a shim of the same name that was killed.
+        let _ = fs::remove_file(&socket.0);
         let listener: UnixListener = socket::listen(&socket.0, 0o600).with_context(what)?;
         words.extend(["--console-socket".into(), socket.0.clone().into()]);
         words.extend_from_slice(last);

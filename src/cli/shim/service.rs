@@ -1,6 +1,6 @@
 //! What containerd asks of the shim of a container or of a pod.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,12 +32,16 @@ struct Inner {
     runtime: Runtime,
     events: Publisher,
     tasks: Mutex<BTreeMap<String, Arc<Task>>>,
+    /// The IDs of those that are being created.
+    creating: Mutex<BTreeSet<String>>,
     /// Called when there is nothing left to do.
     leave: fn(&Runtime, &Publisher) -> !,
 }
 
 /// How long a process that was killed may take to be noticed.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a container that is to be deleted may take to be created.
+const CREATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 type Answer = Result<Vec<u8>, Failure>;
 
@@ -55,7 +59,7 @@ fn nothing() -> Answer {
 
 impl Shim {
     pub fn new(root: Root, runtime: Runtime, events: Publisher, leave: fn(&Runtime, &Publisher) -> !) -> Shim {
-        Shim(Arc::new(Inner { root, runtime, events, tasks: Mutex::default(), leave }))
+        Shim(Arc::new(Inner { root, runtime, events, tasks: Mutex::default(), creating: Mutex::default(), leave }))
     }
 
     /// Handles a call of the task service.
@@ -63,7 +67,7 @@ impl Shim {
         log::debug!("{method}");
         match (method, decode(payload)) {
             ("Wait", Ok(Named { id, exec_id })) => self.wait(&id, &exec_id, reply),
-            ("Shutdown", _) if self.tasks().is_empty() => {
+            ("Shutdown", _) if self.tasks().is_empty() && self.creating().is_empty() => {
                 reply.send(nothing());
                 (self.0.leave)(&self.0.runtime, &self.0.events)
             }
@@ -117,7 +121,21 @@ impl Shim {
         }
     }
 
+    fn creating(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.0.creating.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn create(&self, request: Create) -> Answer {
+        let id = request.id.clone();
+        if !self.creating().insert(id.clone()) {
+            return Err(Failure::new(Code::AlreadyExists, format!("container {id} is being created")));
+        }
+        let created = self.create_task(request);
+        self.creating().remove(&id);
+        created
+    }
+
+    fn create_task(&self, request: Create) -> Answer {
         let Create { id, bundle, rootfs: mounts, terminal, stdin, stdout, stderr, checkpoint, options } = request;
         if self.tasks().contains_key(&id) {
             return Err(Failure::new(Code::AlreadyExists, format!("container {id} exists")));
@@ -211,14 +229,23 @@ impl Shim {
         })?;
         if let Some(ended) = has_ended {
             self.note_end(&task, exec_id, ended);
+        } else if !is_running && !exec_id.is_empty() {
+            let (waiters, ended) = task.with(exec_id, |process| Ok(process.fail()))?;
+            waiters.into_iter().for_each(|waiter| waiter.send(Ok(ended.to_answer())));
         }
         begun.and_then(|()| encode(Pid { pid }))
     }
 
     fn delete(&self, Named { id, exec_id }: &Named) -> Answer {
+        // Who has asked for it may have given up.
+        let until = Instant::now() + CREATION_TIMEOUT;
+        while self.creating().contains(id) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let task = self.task(id)?;
         task.with(exec_id, |process| match process.status {
             Status::Running => Err(Failure::new(Code::FailedPrecondition, "the process has not ended: kill it first")),
+            _ if process.is_starting() => Err(Failure::new(Code::FailedPrecondition, "the process is being started")),
             _ => Ok(()),
         })?;
         if exec_id.is_empty() {
@@ -270,11 +297,14 @@ impl Shim {
             let killed = operations::kill(&self.0.root, id, signal);
             // It may just have ended.
             return match task.with("", |process| Ok(process.handle().is_none())) {
-                Ok(true) => Err(gone()),
+                Ok(true) if killed.is_err() => Err(gone()),
                 _ => killed.map_err(Failure::from).and_then(|()| nothing()),
             };
         }
         task.with(exec_id, |process| {
+            if process.pid == 0 && process.ended.is_none() {
+                return Err(Failure::new(Code::FailedPrecondition, "the process has not been started"));
+            }
             signal_opened(process.handle().ok_or_else(gone)?, signal.into()).map_err(|_| gone())
         })?;
         nothing()
@@ -302,9 +332,15 @@ impl Shim {
     }
 
     fn pids(&self, id: &str) -> Answer {
-        self.task(id)?;
-        let processes = operations::pids(&self.0.root, id)?.into_iter().map(|pid| Pid { pid }).collect();
-        encode(Pids { processes })
+        let own = self.task(id)?.with("", |process| Ok(process.handle().map(|_| process.pid)))?;
+        let is_paused = self.0.root.open(id).is_ok_and(|(dir, known)| known.status(&dir) == OciStatus::Paused);
+        // containerd takes a container without any for one whose shim is left over, when it is started again.
+        let pids = match (own, is_paused) {
+            (Some(own), true) => vec![own],
+            (Some(own), false) => operations::pids(&self.0.root, id).unwrap_or_else(|_| vec![own]),
+            (None, _) => operations::pids(&self.0.root, id)?,
+        };
+        encode(Pids { processes: pids.into_iter().map(|pid| Pid { pid }).collect() })
     }
 
     fn pause(&self, id: String, pauses: bool) -> Answer {

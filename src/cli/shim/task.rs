@@ -14,6 +14,9 @@ use super::runtime::Begun;
 use super::streams::Paths;
 use super::ttrpc::{Code, Failure, Reply};
 
+/// The exit code of a process that could not be started, as for a shell.
+const CODE_NOT_STARTED: u32 = 127;
+
 /// A container.
 #[derive(Debug)]
 pub struct Task {
@@ -47,6 +50,7 @@ pub struct Process {
     /// Who waits for its end.
     waiters: Vec<Reply>,
     input: Option<File>,
+    is_input_closed: bool,
     terminal: Option<File>,
 }
 
@@ -64,6 +68,7 @@ impl Process {
             held: None,
             waiters: Vec::new(),
             input: None,
+            is_input_closed: false,
             terminal: None,
         }
     }
@@ -73,7 +78,8 @@ impl Process {
         let pid = i32::try_from(begun.pid).ok().and_then(Pid::from_raw);
         // It may have ended.
         self.handle = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        (self.pid, self.input, self.terminal) = (begun.pid, begun.input, begun.terminal);
+        self.input = begun.input.filter(|_| !self.is_input_closed);
+        (self.pid, self.terminal) = (begun.pid, begun.terminal);
     }
 
     /// A handle of the process on the host, if it has not ended.
@@ -88,7 +94,7 @@ impl Process {
 
     /// Lets its input end.
     pub fn close_input(&mut self) {
-        self.input = None;
+        (self.input, self.is_input_closed) = (None, true);
     }
 
     /// Its start is going to be told. Fails if it was started before.
@@ -107,6 +113,18 @@ impl Process {
             self.status = Status::Running;
         }
         self.held.take()
+    }
+
+    /// It could not be started. Returns who waits for its end, with how that is told.
+    pub fn fail(&mut self) -> (Vec<Reply>, Ended) {
+        let ended = Ended::now(CODE_NOT_STARTED);
+        self.is_starting = false;
+        (self.end(ended).unwrap_or_default(), ended)
+    }
+
+    /// Whether its start is under way.
+    pub fn is_starting(&self) -> bool {
+        self.is_starting
     }
 
     /// It has ended. Returns who waits for that, or nothing if its end is held.
@@ -190,6 +208,16 @@ mod tests {
         assert!(process.end(ended).is_some_and(|waiters| waiters.is_empty()));
         assert_eq!((process.state().status, process.state().exit_status), (Status::Stopped.into(), 3));
         assert!(process.hold_end().is_err() && process.handle().is_none());
+    }
+
+    #[test]
+    fn a_process_that_could_not_be_started_has_ended() {
+        let mut process = Process::added(Paths::default(), Vec::new());
+        process.hold_end().unwrap();
+        assert!(process.release_end(false).is_none());
+        let (waiters, ended) = process.fail();
+        assert_eq!((waiters.len(), ended.code, process.ended), (0, 127, Some(ended)));
+        assert_eq!(process.hold_end().unwrap_err().code, Code::FailedPrecondition);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! on a connection (github.com/containerd/ttrpc, PROTOCOL.md). No streams: neither side of a shim uses them.
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -81,11 +82,26 @@ impl From<Error> for Failure {
 pub struct Reply {
     connection: Arc<Mutex<UnixStream>>,
     stream: u32,
+    is_sent: bool,
+}
+
+impl Drop for Reply {
+    /// Nobody will answer any more.
+    fn drop(&mut self) {
+        if !self.is_sent {
+            self.answer(Err(Failure::new(Code::NotFound, "it is gone")));
+        }
+    }
 }
 
 impl Reply {
     /// Answers. The caller may be gone.
-    pub fn send(self, answer: Result<Vec<u8>, Failure>) {
+    pub fn send(mut self, answer: Result<Vec<u8>, Failure>) {
+        self.is_sent = true;
+        self.answer(answer);
+    }
+
+    fn answer(&self, answer: Result<Vec<u8>, Failure>) {
         let response = match answer {
             Ok(payload) => Response { status: None, payload },
             Err(Failure { code, message }) => {
@@ -124,14 +140,26 @@ fn attend(
     handle: &(impl Fn(&str, &[u8], Reply) + Clone + Send + 'static),
 ) {
     let Ok(connection) = stream.try_clone() else { return };
+    answer_calls(&mut stream, connection, service, handle);
+    // Calls that wait have the connection as well.
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+/// Handles the calls of a connection until its end, or until it makes no sense any more.
+fn answer_calls(
+    stream: &mut UnixStream,
+    connection: UnixStream,
+    service: &'static str,
+    handle: &(impl Fn(&str, &[u8], Reply) + Clone + Send + 'static),
+) {
     let connection = Arc::new(Mutex::new(connection));
     loop {
-        let (id, request) = match read(&mut stream, REQUEST) {
+        let (id, request) = match read(stream, REQUEST) {
             Ok(Some((id, payload))) => (id, Request::decode(&payload[..])),
             Ok(None) => return,
             Err(error) => return log::warn!("a call: {error:#}"),
         };
-        let reply = Reply { connection: connection.clone(), stream: id };
+        let reply = Reply { connection: connection.clone(), stream: id, is_sent: false };
         match request {
             Ok(request) if request.service == service => {
                 let handle = handle.clone();

@@ -112,6 +112,7 @@ fn a_shim_does_what_containerd_asks_and_tells_it() {
     File::options().write(true).open(&stdin).unwrap().write_all(b"it\n").unwrap();
     call::<Empty>(&address, "CloseIO", &CloseIo { id: "c".into(), stdin: true }).unwrap();
     has_a_terminal(&node, &address);
+    cannot_be_started(&node, &address);
     assert!(call::<Deleted>(&address, "Delete", &named("c", "")).unwrap_err().contains("kill it first"));
     let kill = |signal: i32| Kill { id: "c".into(), exec_id: String::new(), signal: signal.unsigned_abs() };
     call::<Empty>(&address, "Kill", &kill(libc::SIGTERM)).unwrap();
@@ -122,7 +123,7 @@ fn a_shim_does_what_containerd_asks_and_tells_it() {
     // The shim stays as long as it has containers.
     call::<Empty>(&address, "Shutdown", &named("c", "")).unwrap();
     assert_eq!(call::<Deleted>(&address, "Delete", &named("c", "")).unwrap().exit_status, 4);
-    let told = ["create", "start", "exec-added", "exec-started", "exit", "exit", "delete"];
+    let told = ["create", "start", "exec-added", "exec-started", "exit", "exec-added", "exit", "delete"];
     await_that(|| node.events.count() == told.len(), || format!("{:?}", node.events.take()));
     assert_eq!(node.events.take(), told);
     is_deleted_before_it_is_started(&node, &address);
@@ -166,6 +167,23 @@ fn has_a_terminal(node: &Node, address: &str) {
     assert_eq!(call::<Deleted>(address, "Delete", &named("c", "e")).unwrap().exit_status, 7);
     let shown = screen.join().unwrap();
     assert!(shown.starts_with("/dev/pts/") && shown.contains("33 99\r\ntyped word\r\n"), "{shown:?}");
+}
+
+/// One more process whose program is missing: nobody waits for it in vain.
+fn cannot_be_started(node: &Node, address: &str) {
+    let mut config: Value = serde_json::from_slice(&fs::read(node.bundle("c").join("config.json")).unwrap()).unwrap();
+    config["process"]["args"] = json!(["no-such-program"]);
+    let spec = Some(Any { type_url: "process".into(), value: config["process"].to_string().into() });
+    call::<Empty>(address, "Exec", &Exec { id: "c".into(), exec_id: "x".into(), spec, ..Exec::default() }).unwrap();
+    let kill = Kill { id: "c".into(), exec_id: "x".into(), signal: 9 };
+    assert_eq!(call::<Empty>(address, "Kill", &kill).unwrap_err(), "the process has not been started");
+    let waiting = thread::spawn({
+        let address = address.to_owned();
+        move || await_end(&address, "c", "x")
+    });
+    assert!(call::<Empty>(address, "Start", &named("c", "x")).unwrap_err().contains("executable file not found"));
+    assert_eq!(waiting.join().unwrap(), 127);
+    assert_eq!(call::<Deleted>(address, "Delete", &named("c", "x")).unwrap().exit_status, 127);
 }
 
 /// A further container of the same shim, which ends with its deletion.
