@@ -1,5 +1,8 @@
 //! The exit codes of all commands.
 
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
 use crate::exit_latch::ExitReason;
 use crate::monitor::release;
 
@@ -52,6 +55,17 @@ impl Exit {
     /// Exits with this code. The kernel releases the rest of the machine after that.
     pub fn leave(self) -> ! {
         release::exit(self.code())
+    }
+}
+
+/// How another process of husk has ended that ran the machine.
+impl From<ExitStatus> for Exit {
+    fn from(status: ExitStatus) -> Exit {
+        let byte = |number: i32| u8::try_from(number).unwrap_or(u8::MAX);
+        match status.signal() {
+            Some(signal) => Exit::Signal(byte(signal)),
+            None => status.code().map_or(Exit::Failure, |code| Exit::Reported(byte(code))),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use super::machine::Shape;
 use crate::config::{Attachment, MachineConfig, NetworkConfig};
 use crate::guest::GuestSpec;
 use crate::guest::network::{InterfaceSetup, NetworkSetup};
+use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::{data_dir, net};
 use crate::snapshot::{Snapshot, warm};
 use crate::sys::namespaces::is_hosts_root;
@@ -39,9 +40,9 @@ pub fn spec(name: &str, interfaces: usize) -> GuestSpec {
     spec
 }
 
-/// The configuration of that machine.
-pub fn config(spec: &GuestSpec, shape: &Shape, socket: &Path) -> Result<MachineConfig> {
-    let config = shape.config(spec, &shape.kernel()?, socket)?;
+/// The configuration of that machine, which boots `kernel`, with `socket` for its sessions.
+pub fn config(spec: &GuestSpec, shape: &Shape, kernel: &GuestKernel, socket: &Path) -> Result<MachineConfig> {
+    let config = shape.config(spec, kernel, socket)?;
     let config = MachineConfig { shares: Vec::new(), spare_slots: true, ..config };
     config.validate()?;
     Ok(config)

@@ -53,12 +53,7 @@ pub fn run_behind() -> Result<Exit> {
 
 /// The exit of a process that runs a machine.
 fn wait_for(mut command: Command) -> Result<Exit> {
-    let status = command.status().context("start husk")?;
-    let number = |number: i32| u8::try_from(number).unwrap_or(u8::MAX);
-    Ok(match status.signal() {
-        Some(signal) => Exit::Signal(number(signal)),
-        None => Exit::Reported(number(status.code().unwrap_or_default())),
-    })
+    command.status().context("start husk").map(Exit::from)
 }
 
 /// Starts a machine in the background with `words`, which say that, and returns its ID; `None` if it has failed and reported why.

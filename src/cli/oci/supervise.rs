@@ -8,7 +8,6 @@
 use std::os::fd::{AsFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
@@ -37,7 +36,6 @@ use crate::fs;
 use crate::guest::GuestSpec;
 use crate::guest::network::{InterfaceSetup, NetworkSetup};
 use crate::guest::streams::Attached;
-use crate::monitor::release;
 use crate::oci::cgroup;
 use crate::oci::config::Config;
 use crate::oci::machine::Shape;
@@ -47,7 +45,7 @@ use crate::oci::share::Files;
 use crate::oci::state::{Dir, ProcessId, Root, State};
 use crate::oci::{guest, share, warm};
 use crate::resources::guest_kernel::GuestKernel;
-use crate::resources::{self, Source, interface};
+use crate::resources::{self, interface};
 use crate::snapshot::Snapshot;
 use crate::state_dir::record::Record;
 use crate::state_dir::{self, MachineDir, StateDir};
@@ -206,9 +204,7 @@ pub fn pass_signals_on(signals: &SignalFd, child: &mut Child, is_leader: bool) -
             }
         }
         if let Some(status) = child.try_wait().context("wait for the machine's process")? {
-            let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());
-            let code = status.code().and_then(|code| u8::try_from(code).ok());
-            return Ok(signal.map_or_else(|| Exit::Reported(code.unwrap_or(1)), Exit::Signal));
+            return Ok(status.into());
         }
     }
 }
@@ -235,17 +231,9 @@ impl Machine<'_> {
         let mut endpoint = ControlEndpoint::open(dir, record, stream_log::DEFAULT_MAX_BYTES)?;
         endpoint.report_creation_to(self.channel.try_clone()?);
         let warm = warm::find(&shape, &config, spec.network());
-        let is_warm = warm.is_some();
-        let mut ended = self.start(&spec, &kernel, &config, warm, &mut endpoint);
-        if is_warm
-            && let Err(error) = &ended
-            && !endpoint.has_run()
-        {
-            log::warn!("the warm machine cannot be used, renew it with `husk oci warm`: {error:#}");
-            // Its files are locked until then.
-            release::await_exit();
-            ended = self.start(&spec, &kernel, &config, None, &mut endpoint);
-        }
+        let refused = "the warm machine cannot be used, renew it with `husk oci warm`";
+        let start = |warm, endpoint: &mut ControlEndpoint| self.start(&spec, &kernel, &config, warm, endpoint);
+        let ended = session::start_or_boot(warm, refused, &mut endpoint, start);
         let was_created = endpoint.is_created();
         // Those of a pod are told apart, and its sandbox does nothing.
         if endpoint.ran_out_of_memory() && !pod::is_sandbox(self.config) {
@@ -274,11 +262,7 @@ impl Machine<'_> {
         endpoint: &mut ControlEndpoint,
     ) -> Result<Ended> {
         let (source, start) = match warm {
-            Some(Snapshot { description, files, path, .. }) => {
-                let (overlay, run) = spec.begin(&description.config.networks)?;
-                let unrecorded = files.touched.is_none().then_some(path);
-                (Source::Snapshot(files), Start::Begin(overlay, run, Attached::default(), unrecorded))
-            }
+            Some(snapshot) => session::begin(spec, snapshot, Attached::default())?,
             None => {
                 let source = machine::boot_source(kernel, spec.initramfs(kernel, config.virtio_bus())?)?;
                 (source, Start::Contained { stdin: true, terminal: spec.on_terminal() })

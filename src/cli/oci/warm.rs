@@ -106,14 +106,14 @@ impl Warm {
 fn make(dir: &Path, shape: &Shape, interfaces: usize) -> Result<PathBuf> {
     let machine_dir = StateDir::at(state::machines()?)?.create(None)?;
     let spec = warm::spec(machine_dir.id().as_ref(), interfaces);
-    let config = warm::config(&spec, shape, &machine_dir.file(state_dir::VSOCK))?;
+    let kernel = shape.kernel()?;
+    let config = warm::config(&spec, shape, &kernel, &machine_dir.file(state_dir::VSOCK))?;
     let path = images::place_in(dir, &config)?;
     let _alone = lock::alone_within(&path.with_extension("lock"), lock::LONG_TIMEOUT)?;
     if images::find_in(dir, &config).is_some() {
         return Ok(path);
     }
     state_dir::remove_snapshot(&path)?;
-    let kernel = shape.kernel()?;
     let record = Record::new(machine_dir.id(), "warm".into(), Vec::new(), config.clone());
     let mut endpoint = ControlEndpoint::open(machine_dir, record, stream_log::DEFAULT_MAX_BYTES)?;
     let signals = supervisor::block_signals(true)?;

@@ -10,9 +10,8 @@ use crate::cli::boot;
 use crate::cli::exit::Exit;
 use crate::config::MachineConfig;
 use crate::guest::GuestSpec;
-use crate::monitor::release;
+use crate::resources;
 use crate::resources::guest_kernel::GuestKernel;
-use crate::resources::{self, Source};
 use crate::snapshot::{Snapshot, warm};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
 use crate::sys::SignalFd;
@@ -29,21 +28,14 @@ impl Run {
         signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
-        let warm = match &self.from {
-            Some(dir) => Some(warm::open(dir, config)?),
-            None if self.no_warm => None,
-            None => warm_image(spec, config),
-        };
-        let may_boot = warm.is_some() && self.from.is_none();
-        match self.start(spec, kernel, config, warm, endpoint, signals, timings) {
-            Err(error) if may_boot && !endpoint.has_run() => {
-                log::warn!("the warm image cannot be used, renew it with `husk warm`: {error:#}");
-                // Its files are locked until then.
-                release::await_exit();
-                self.start(spec, kernel, config, None, endpoint, signals, timings)
-            }
-            ended => ended,
+        let start =
+            |warm, endpoint: &mut ControlEndpoint| self.start(spec, kernel, config, warm, endpoint, signals, timings);
+        if let Some(dir) = &self.from {
+            return start(Some(warm::open(dir, config)?), endpoint);
         }
+        let warm = if self.no_warm { None } else { warm_image(spec, config) };
+        let refused = "the warm image cannot be used, renew it with `husk warm`";
+        session::start_or_boot(warm, refused, endpoint, start)
     }
 
     #[expect(clippy::too_many_arguments, reason = "they are what a run consists of")]
@@ -58,11 +50,7 @@ impl Run {
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
         let (source, start) = match warm {
-            Some(Snapshot { description, files, path, .. }) => {
-                let (overlay, run) = spec.begin(&description.config.networks)?;
-                let unrecorded = files.touched.is_none().then_some(path);
-                (Source::Snapshot(files), Start::Begin(overlay, run, self.docker.attached(), unrecorded))
-            }
+            Some(snapshot) => session::begin(spec, snapshot, self.docker.attached())?,
             None => {
                 let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
                 let (stdin, terminal) = (spec.wants_stdin(), spec.on_terminal());

@@ -12,9 +12,11 @@ use crate::cli::exit::Exit;
 use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
+use crate::guest::GuestSpec;
 use crate::guest::session::{Attached, Change, Endpoints, Session};
-use crate::resources::{Outside, Resources};
-use crate::snapshot::Received;
+use crate::monitor::release;
+use crate::resources::{Outside, Resources, Source};
+use crate::snapshot::{Received, Snapshot};
 use crate::state_dir;
 use crate::supervisor::{self, ControlEndpoint, Save, Stdio};
 use crate::sys::{SignalFd, socket};
@@ -68,6 +70,34 @@ pub struct Ended {
     tail: Tail,
     /// Whether its kernel's messages were printed.
     told_already: bool,
+}
+
+/// What a machine for `spec` that begins in the snapshot `warm` is made of, and how it comes to its process, which gets these streams of
+/// this one.
+pub fn begin(spec: &GuestSpec, warm: Snapshot, attached: Attached) -> Result<(Source, Start)> {
+    let Snapshot { description, files, path, .. } = warm;
+    let (overlay, run) = spec.begin(&description.config.networks)?;
+    let unrecorded = files.touched.is_none().then_some(path);
+    Ok((Source::Snapshot(files), Start::Begin(overlay, run, attached, unrecorded)))
+}
+
+/// Starts a machine in the snapshot `warm`, if there is one. If that fails before it has run, says `refused` and why, and boots it.
+pub fn start_or_boot<Ended>(
+    warm: Option<Snapshot>,
+    refused: &str,
+    endpoint: &mut ControlEndpoint,
+    start: impl Fn(Option<Snapshot>, &mut ControlEndpoint) -> Result<Ended>,
+) -> Result<Ended> {
+    let may_boot = warm.is_some();
+    match start(warm, endpoint) {
+        Err(error) if may_boot && !endpoint.has_run() => {
+            log::warn!("{refused}: {error:#}");
+            // Its files are locked until then.
+            release::await_exit();
+            start(None, endpoint)
+        }
+        ended => ended,
+    }
 }
 
 /// Runs the machine `config` until its end. Reports nothing of that: see [`Ended::exit`].
