@@ -260,13 +260,17 @@ mod tests {
     use super::*;
 
     /// The host's end of a session that has said what it is for.
-    fn open(agent: &mut Agent, session: u64, container: Option<&str>) -> UnixStream {
+    fn open(agent: &mut Agent, session: u64, process: Process) -> UnixStream {
         let mut host = connect(agent, session, Role::Control);
-        let process = Process { container: container.map(str::to_owned), ..Process::default() };
         let mut message = Vec::new();
         frame::write(&ToGuest::Start(Box::new(process)), &mut message).unwrap();
         host.write_all(&message).unwrap();
         host
+    }
+
+    /// A process in a container that does not exist.
+    fn contained() -> Process {
+        Process { container: Some("none".into()), ..Process::default() }
     }
 
     /// The host's end of a connection that has sent its hello.
@@ -300,7 +304,8 @@ mod tests {
     #[test]
     fn sessions_beyond_the_limit_are_admitted_when_others_end() {
         let (mut agent, _main) = agent();
-        let mut hosts: Vec<UnixStream> = (1..=SESSIONS_MAX as u64 + 3).map(|id| open(&mut agent, id, None)).collect();
+        let mut hosts: Vec<UnixStream> =
+            (1..=SESSIONS_MAX as u64 + 3).map(|id| open(&mut agent, id, Process::default())).collect();
         assert!(agent.serve_others() && !agent.serve_others());
         let admitted = |hosts: &[UnixStream]| hosts.iter().map(is_admitted).collect::<Vec<_>>();
         let waiting = hosts.split_off(SESSIONS_MAX);
@@ -318,11 +323,7 @@ mod tests {
     #[test]
     fn a_process_without_streams_starts_when_it_is_admitted() {
         let (mut agent, _main) = agent();
-        let mut host = connect(&mut agent, 7, Role::Control);
-        let process = Process { container: Some("none".into()), detached: true, ..Process::default() };
-        let mut message = Vec::new();
-        frame::write(&ToGuest::Start(Box::new(process)), &mut message).unwrap();
-        host.write_all(&message).unwrap();
+        let _host = open(&mut agent, 7, Process { detached: true, ..contained() });
         // It is not to wait for anything else.
         while agent.serve_others() {}
         assert!(agent.others.iter().all(Session::has_ended), "it has not been tried");
@@ -331,11 +332,11 @@ mod tests {
     #[test]
     fn processes_in_containers_leave_room_for_orders() {
         let (mut agent, _main) = agent();
-        let all: Vec<UnixStream> = (1..=SESSIONS_MAX as u64).map(|id| open(&mut agent, id, Some("none"))).collect();
+        let all: Vec<UnixStream> = (1..=SESSIONS_MAX as u64).map(|id| open(&mut agent, id, contained())).collect();
         let silent = connect(&mut agent, 1000, Role::Control);
         agent.serve_others();
         assert_eq!(all.iter().filter(|host| is_admitted(host)).count(), CONTAINED_MAX);
-        let order = open(&mut agent, 1001, None);
+        let order = open(&mut agent, 1001, Process::default());
         agent.serve_others();
         assert!(is_admitted(&order) && !is_admitted(&silent));
     }

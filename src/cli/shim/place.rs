@@ -12,15 +12,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use sha2::{Digest, Sha256};
 
+use crate::image::Digest;
 use crate::oci::config::{self, Config};
 use crate::oci::pod;
 use crate::sys::socket;
 
 const SHIMS: &str = ".shims";
 /// Enough of a digest: the path of a socket is short.
-const HASH_BYTES: usize = 12;
+const HASH_DIGITS: usize = 24;
 
 /// The paths.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,8 +43,8 @@ impl Place {
             )
         })?;
         let husk = state.join("husk");
-        let digest = Sha256::digest(format!("{namespace}/{group}"));
-        let hash: String = digest.iter().take(HASH_BYTES).map(|byte| format!("{byte:02x}")).collect();
+        let mut hash = Digest::of(format!("{namespace}/{group}").as_bytes()).hex();
+        hash.truncate(HASH_DIGITS);
         Ok(Place { root: husk.join(namespace), socket: husk.join(SHIMS).join(hash) })
     }
 
