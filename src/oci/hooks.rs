@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::config::Hook;
+use crate::sys::process;
 
 /// How often a hook with a timeout is looked at.
 const POLL: Duration = Duration::from_millis(10);
@@ -39,6 +40,8 @@ pub fn run_one(hook: &Hook, state: &str) -> Result<()> {
         command.arg0(name).args(args);
     }
     command.env_clear().envs(hook.env.iter().filter_map(|variable| variable.split_once('=')));
+    // An engine, its shim or this process may have blocked some.
+    process::reset_signals(&mut command);
     // A hook need not read it, and must not make this process wait.
     let mut input = File::from(memfd_create("state", MemfdFlags::CLOEXEC).context("store the state")?);
     input.write_all(state.as_bytes()).and_then(|()| input.rewind()).context("store the state")?;
@@ -62,10 +65,23 @@ pub fn run_one(hook: &Hook, state: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::SignalFd;
 
     fn hook(script: &str) -> Hook {
         let args = ["sh", "-c", script].map(str::to_owned).to_vec();
         Hook { path: "/bin/sh".into(), args, env: vec!["A=b".into()], timeout: Some(5) }
+    }
+
+    #[test]
+    fn a_hook_gets_all_signals() {
+        // In a thread of its own, since this blocks them.
+        std::thread::spawn(|| {
+            let _blocked = SignalFd::block(&[libc::SIGTERM, libc::SIGCHLD]).unwrap();
+            let script = "read name mask <<E\n$(grep SigBlk /proc/self/status)\nE\ntest $mask = 0000000000000000";
+            run("prestart", &[hook(script)], "").unwrap();
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

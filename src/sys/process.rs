@@ -35,6 +35,26 @@ pub fn begin_in(command: &mut Command, groups: Vec<File>, root: Option<&Path>) -
     Ok(())
 }
 
+/// Gives the process all signals as if nobody had blocked or ignored any.
+pub fn reset_signals(command: &mut Command) {
+    let reset = || {
+        for signal in 1..=libc::SIGRTMAX() {
+            // SAFETY: the call accesses no memory. It fails for those that cannot be changed.
+            let _ = unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        let mut none = std::mem::MaybeUninit::uninit();
+        // SAFETY: the set is initialised by the first call, and only read by the second.
+        let unblocked = unsafe {
+            libc::sigemptyset(none.as_mut_ptr());
+            libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
+        };
+        check(unblocked as isize)
+    };
+    // SAFETY: it runs in the child of a fork, which may have inherited locks of other threads: it takes none and does
+    // not allocate.
+    unsafe { command.pre_exec(reset) };
+}
+
 /// Keeps all descriptors but the standard streams from programs that this process executes: those that it was started with may be
 /// another program's. Does nothing on a kernel without this call (Linux 5.11).
 pub fn keep_descriptors() {
