@@ -1,6 +1,7 @@
-//! The mark of a container of which its guest's kernel has killed processes because memory was short: a file in its directory, which is
-//! there before its process on the host ends.
+//! The mark of a container of which its guest's kernel has killed processes because memory was short: a file in its directory, made
+//! when the guest reports it, and before its process on the host ends.
 
+use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
@@ -31,6 +32,11 @@ impl Mark {
 /// Whether the container `dir` is marked.
 pub fn is_marked(dir: &Dir) -> bool {
     dir.path().join(FILE).exists()
+}
+
+/// Whether the file `name` of a container's directory is its mark.
+pub fn is_mark(name: &CStr) -> bool {
+    name.to_bytes() == FILE.as_bytes()
 }
 
 #[cfg(test)]

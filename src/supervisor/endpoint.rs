@@ -29,8 +29,10 @@ use crate::virtio::log_rate::LogRate;
 /// What the creator of a machine's container reads when it is created.
 pub const CREATED: &[u8] = b"created\n";
 
+/// What notes that memory was short.
+type Mark = Box<dyn Fn() -> Result<()>>;
+
 /// A machine's entry among the user's machines.
-#[derive(Debug)]
 pub struct ControlEndpoint {
     pub(super) server: Server,
     pub(super) record: Record,
@@ -51,8 +53,9 @@ pub struct ControlEndpoint {
     pub(super) restored_from: Option<String>,
     /// Who waits until the container of the machine is created.
     creator: Option<UnixStream>,
-    /// How often the guest may have it noted that it is short of memory.
+    /// How often the guest may have it noted that it is short of memory, and what is done then.
     out_of_memory_rate: LogRate,
+    mark_out_of_memory: Option<Mark>,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
@@ -89,6 +92,7 @@ impl ControlEndpoint {
             restored_from: None,
             creator: None,
             out_of_memory_rate: LogRate::default(),
+            mark_out_of_memory: None,
             started,
             dir,
         })
@@ -223,6 +227,11 @@ impl ControlEndpoint {
         Ok(())
     }
 
+    /// Has this done when the guest's kernel has killed processes because memory was short: perhaps several times.
+    pub fn mark_out_of_memory_by(&mut self, mark: impl Fn() -> Result<()> + 'static) {
+        self.mark_out_of_memory = Some(Box::new(mark));
+    }
+
     /// Whether the guest's kernel has killed processes because memory was short.
     pub fn ran_out_of_memory(&self) -> bool {
         self.record.oom_killed
@@ -233,6 +242,7 @@ impl ControlEndpoint {
         if self.out_of_memory_rate.allows() {
             self.note([Event::of(&self.record, "oom")]);
         }
+        self.mark_out_of_memory.as_ref().map_or(Ok(()), |mark| mark())?;
         if std::mem::replace(&mut self.record.oom_killed, true) { Ok(()) } else { self.write_record() }
     }
 

@@ -167,6 +167,7 @@ impl Agent {
     fn note_oom_kills(&mut self) {
         if self.kernel_log.as_mut().is_some_and(KernelLog::take_kills) {
             self.main.report_oom_kill();
+            self.others.iter_mut().for_each(Session::report_oom_kills_of_container);
         }
     }
 

@@ -17,6 +17,7 @@ use crate::pump::Pump;
 use crate::report;
 use crate::sys::{self, Ended};
 
+mod oom;
 mod start;
 
 /// How many signals and window sizes are kept for a process that is not there yet.
@@ -52,6 +53,8 @@ pub struct Session {
     clock: Clock,
     /// What the machine is to become, and whether its connections to others are to be reset.
     change: Option<(Box<Identity>, bool)>,
+    /// Whether the host knows that memory of the container was short.
+    oom_told: bool,
     /// How the process ended, and whether that was reported to the host.
     end: Option<ToHost>,
     told: bool,
@@ -79,6 +82,7 @@ impl Session {
             pid: None,
             clock: Clock::default(),
             change: None,
+            oom_told: false,
             end: None,
             told: false,
             finished: false,
@@ -209,11 +213,6 @@ impl Session {
         self.control.say(&ToHost::Renewed(changed.map_err(|failure| shortened(&failure.message))));
     }
 
-    /// Tells the host that the kernel has killed processes because memory was short.
-    pub fn report_oom_kill(&mut self) {
-        self.control.say(&ToHost::OutOfMemory);
-    }
-
     /// Gives up the connection to the host, which ends the session.
     pub fn disconnect(&mut self) {
         self.control = ControlConnection::default();
@@ -251,13 +250,7 @@ impl Session {
             Ended::Signaled(number) => ToHost::Signaled(number),
         });
         (self.pid, self.input, self.terminal) = (None, None, None);
-        if let Some(id) = &self.container
-            // The main session tells it of the whole machine.
-            && self.id != MAIN_SESSION
-            && cgroup::ran_out_of_memory(id)
-        {
-            self.control.say(&ToHost::OutOfMemory);
-        }
+        self.report_oom_kills_of_container();
         self.leave_container(containers);
         true
     }

@@ -230,13 +230,19 @@ impl Machine<'_> {
         let record = Record { labels, ..Record::new(dir.id(), image, spec.command(), config.clone()) };
         let mut endpoint = ControlEndpoint::open(dir, record, stream_log::DEFAULT_MAX_BYTES)?;
         endpoint.report_creation_to(self.channel.try_clone()?);
+        let is_sandbox = pod::is_sandbox(self.config);
+        let mark = Mark::of(self.dir)?;
+        if !is_sandbox {
+            endpoint.mark_out_of_memory_by(move || mark.set());
+        }
         let warm = warm::find(&shape, &config, spec.network());
         let refused = "the warm machine cannot be used, renew it with `husk oci warm`";
         let start = |warm, endpoint: &mut ControlEndpoint| self.start(&spec, &kernel, &config, warm, endpoint);
         let ended = session::start_or_boot(warm, refused, &mut endpoint, start);
         let was_created = endpoint.is_created();
-        // Those of a pod are told apart, and its sandbox does nothing.
-        if endpoint.ran_out_of_memory() && !pod::is_sandbox(self.config) {
+        // Those of a pod are told apart. Its sandbox has no limit, and is meant if it was killed by its kernel.
+        let was_killed = |ended: &Ended| ended.process == Some(ToHost::Signaled(libc::SIGKILL as u8));
+        if is_sandbox && endpoint.ran_out_of_memory() && ended.as_ref().is_ok_and(was_killed) {
             Mark::of(self.dir)?.set()?;
         }
         let code = ended.as_ref().map_or(1, |ended| ended.code());

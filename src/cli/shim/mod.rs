@@ -11,6 +11,7 @@
 
 mod children;
 mod events;
+mod memory;
 mod messages;
 mod metrics;
 mod place;
@@ -171,15 +172,17 @@ impl Shim {
         let events = Publisher::start(&self.namespace, events_address()?)?;
         let children = Arc::new(Children::default());
         let runtime = Runtime::new(place, children.clone());
-        let shim = service::Shim::new(root, runtime, events, leave);
-        let handle = move |method: &str, payload: &[u8], reply| shim.handle(method, payload, reply);
+        let shim = service::Shim::new(root, runtime, events, leave)?;
+        let server = shim.clone();
+        let handle = move |method: &str, payload: &[u8], reply| server.handle(method, payload, reply);
         sandbox::spawn("accept", move || ttrpc::serve(&listener, SERVICE, handle)).context("start a thread")?;
         loop {
-            match poll(&mut [PollFd::new(&signals, PollFlags::IN)], None) {
+            match poll(&mut [PollFd::new(&signals, PollFlags::IN), PollFd::new(shim.memory(), PollFlags::IN)], None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error).context("wait for signals"),
             }
             while signals.read().context("read a signal")?.is_some() {}
+            shim.note_short_memory();
             children.reap();
         }
     }

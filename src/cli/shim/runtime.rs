@@ -18,7 +18,8 @@ use serde_json::Value;
 
 use super::children::Children;
 use super::place::Place;
-use super::streams::{self, Paths};
+use super::streams::{self, Paths, Screen};
+use crate::sys::process;
 use crate::sys::socket::{self, receive_with_fd_over};
 
 /// Whoever runs commands.
@@ -36,8 +37,8 @@ pub struct Begun {
     pub pid: u32,
     /// What keeps its input open.
     pub input: Option<File>,
-    /// The outer end of its terminal.
-    pub terminal: Option<File>,
+    /// The outer end of its terminal, and what that prints.
+    pub terminal: Option<(File, Screen)>,
 }
 
 /// A file in a bundle for a moment.
@@ -82,7 +83,8 @@ impl Runtime {
         words.extend(["--pid-file".into(), pid_file.0.clone().into()]);
         let (input, terminal) = if paths.terminal {
             let outer = self.begin_with_terminal(bundle, words, last)?;
-            (streams::attend(&outer, paths)?, Some(outer))
+            let (input, screen) = streams::attend(&outer, paths)?;
+            (input, Some((outer, screen)))
         } else {
             let opened = streams::open(paths)?;
             words.extend_from_slice(last);
@@ -137,6 +139,8 @@ fn command(root: &Path, log: &Path, words: &[impl AsRef<OsStr>]) -> Command {
         .args(["--log-format", "json"])
         .args(words);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // This process blocks some.
+    process::reset_signals(&mut command);
     command
 }
 

@@ -5,22 +5,27 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use prost::Message;
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use super::events::{Event, Publisher, TaskCreate, TaskDelete, TaskExec, TaskExit, TaskIo, TaskNamed, TaskStart};
+use super::events::{Event, Publisher, TaskCreate, TaskDelete, TaskExec, TaskIo, TaskNamed};
+use super::memory::Watch;
 use super::messages::*;
 use super::metrics;
 use super::rootfs;
 use super::runtime::{Begun, Runtime};
-use super::streams::{self, Paths};
+use super::streams::{self, Paths, Screen};
 use super::task::{Ended, Process, Task};
 use super::ttrpc::{Code, Failure, Reply};
 use crate::cli::oci::operations;
 use crate::oci::config::{self, Config};
-use crate::oci::oom;
 use crate::oci::state::{Root, Status as OciStatus};
 use crate::sys::process::signal_opened;
+
+mod notice;
+
+use notice::started;
 
 /// A shim.
 #[derive(Debug, Clone)]
@@ -31,6 +36,7 @@ struct Inner {
     root: Root,
     runtime: Runtime,
     events: Publisher,
+    memory: Watch,
     tasks: Mutex<BTreeMap<String, Arc<Task>>>,
     /// The IDs of those that are being created.
     creating: Mutex<BTreeSet<String>>,
@@ -58,8 +64,9 @@ fn nothing() -> Answer {
 }
 
 impl Shim {
-    pub fn new(root: Root, runtime: Runtime, events: Publisher, leave: fn(&Runtime, &Publisher) -> !) -> Shim {
-        Shim(Arc::new(Inner { root, runtime, events, tasks: Mutex::default(), creating: Mutex::default(), leave }))
+    pub fn new(root: Root, runtime: Runtime, events: Publisher, leave: fn(&Runtime, &Publisher) -> !) -> Result<Shim> {
+        let (tasks, creating, memory) = (Mutex::default(), Mutex::default(), Watch::new()?);
+        Ok(Shim(Arc::new(Inner { root, runtime, events, memory, tasks, creating, leave })))
     }
 
     /// Handles a call of the task service.
@@ -166,7 +173,10 @@ impl Shim {
             pid,
         }));
         let task = Arc::new(Task::new(&id, bundle, Process::added(paths, Vec::new())));
-        self.tasks().insert(id, task.clone());
+        self.tasks().insert(id.clone(), task.clone());
+        if let Err(error) = self.0.memory.add(&id, &self.0.root.dir(&id)) {
+            log::warn!("that memory is short will be told when the container ends: {error:#}");
+        }
         self.adopt(&task, "", begun)?;
         encode(Pid { pid })
     }
@@ -181,29 +191,6 @@ impl Shim {
         let (shim, of, exec_id) = (self.clone(), task.clone(), exec_id.to_owned());
         self.0.runtime.children.adopt(pid, move |code| shim.note_end(&of, &exec_id, Ended::now(code)));
         Ok(())
-    }
-
-    /// Tells everybody that a process has ended, unless its start is still to be told.
-    fn note_end(&self, task: &Task, exec_id: &str, ended: Ended) {
-        let noted = task.with(exec_id, |process| Ok(process.end(ended).map(|waiters| (waiters, process.pid))));
-        let Ok(Some((waiters, pid))) = noted else { return };
-        let container_id = task.id.clone();
-        if exec_id.is_empty() && oom::is_marked(&self.0.root.dir(&task.id)) {
-            self.publish(&Event::OutOfMemory(TaskNamed { container_id: container_id.clone() }));
-        }
-        let id = if exec_id.is_empty() { container_id.clone() } else { exec_id.to_owned() };
-        self.publish(&Event::Exit(TaskExit {
-            container_id,
-            id,
-            pid,
-            exit_status: ended.code,
-            exited_at: Some(ended.at),
-        }));
-        waiters.into_iter().for_each(|waiter| waiter.send(Ok(ended.to_answer())));
-    }
-
-    fn publish(&self, event: &Event) {
-        self.0.events.publish(event);
     }
 
     fn start(&self, Named { id, exec_id }: &Named) -> Answer {
@@ -253,6 +240,7 @@ impl Shim {
             rootfs::unmount_all(&task.bundle)?;
         }
         let (pid, ended) = await_end(&task, exec_id)?;
+        task.with(exec_id, |process| Ok(process.take_screen()))?.into_iter().for_each(Screen::finish);
         let (exit_status, exited_at) = (ended.map_or(0, |ended| ended.code), ended.map(|ended| ended.at));
         if exec_id.is_empty() {
             self.tasks().remove(id);
@@ -378,13 +366,5 @@ fn await_end(task: &Task, exec_id: &str) -> Result<(u32, Option<Ended>), Failure
             return Ok((pid, ended));
         }
         std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn started(id: &str, exec_id: &str, pid: u32) -> Event {
-    let container_id = id.to_owned();
-    match exec_id {
-        "" => Event::Start(TaskStart { container_id, pid }),
-        _ => Event::ExecStarted(TaskExec { container_id, exec_id: exec_id.to_owned(), pid }),
     }
 }

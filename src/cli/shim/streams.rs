@@ -1,17 +1,29 @@
 //! The streams of a process of a container: FIFOs of containerd, which the process on the host that stands for it gets as they are; with a
 //! terminal, threads copy between them and its outer end.
 
+use std::convert::Infallible;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::sandbox;
+use crate::sys::{event, event_fd};
+
+/// How long the last output of a terminal waits for a reader that does not read any of it.
+const PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
+/// How long it may take altogether.
+const LAST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where they are, as containerd says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,8 +51,24 @@ pub fn open(paths: &Paths) -> Result<Opened> {
     Ok(Opened { streams: [stdin, out(&paths.stdout)?, out(&paths.stderr)?], input })
 }
 
+/// What a terminal prints, on its way to a stream.
+#[derive(Debug)]
+pub struct Screen {
+    last: Arc<EventFd>,
+    /// Closed by the thread when it ends.
+    copying: Receiver<Infallible>,
+}
+
+impl Screen {
+    /// The process has ended: waits until the rest of its output is copied, unless nobody reads it.
+    pub fn finish(self) {
+        let _ = self.last.write(1);
+        let _ = self.copying.recv_timeout(LAST_TIMEOUT);
+    }
+}
+
 /// Copies between the outer end of a terminal and the streams, until the terminal is closed. Returns what keeps its input open.
-pub fn attend(outer: &File, paths: &Paths) -> Result<Option<File>> {
+pub fn attend(outer: &File, paths: &Paths) -> Result<(Option<File>, Screen)> {
     let copy = || outer.try_clone().context("duplicate a file descriptor");
     let input = match input(&paths.stdin)? {
         Some((reader, writer)) => {
@@ -50,13 +78,61 @@ pub fn attend(outer: &File, paths: &Paths) -> Result<Option<File>> {
         }
         None => None,
     };
-    let (shown, output) = (copy()?, output(&paths.stdout)?);
-    sandbox::spawn("terminal", move || match output {
-        Some(output) => transfer(shown, output),
-        None => transfer(shown, io::sink()),
-    })
-    .context("start a thread")?;
-    Ok(input)
+    let output = output(&paths.stdout)?;
+    if let Some(output) = &output {
+        // Nobody may read on, which must not keep the thread from ending.
+        fcntl_setfl(output, fcntl_getfl(output)? | OFlags::NONBLOCK).context("set up a stream")?;
+    }
+    let (mut shown, last) = (copy()?, Arc::new(event::create().context("set up a stream")?));
+    let (open, copying) = mpsc::channel();
+    let told = last.clone();
+    let show = move || {
+        let copied = match &output {
+            Some(output) => io::copy(&mut shown, &mut Patient { output, last: &told }),
+            None => io::copy(&mut shown, &mut io::sink()),
+        };
+        // A terminal ends with an error.
+        log::debug!("the end of a terminal: {copied:?}");
+        drop(open);
+    };
+    sandbox::spawn("terminal", show).context("start a thread")?;
+    Ok((input, Screen { last, copying }))
+}
+
+/// Writes to a stream that does not block, and waits for its reader.
+struct Patient<'a> {
+    output: &'a File,
+    /// Readable when the process has ended, and the reader may be gone.
+    last: &'a EventFd,
+}
+
+impl Write for Patient<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.output.write(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.await_room()?,
+                written => return written,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Patient<'_> {
+    fn await_room(&self) -> io::Result<()> {
+        let room = || PollFd::new(self.output, PollFlags::OUT);
+        let last = event_fd(self.last);
+        let mut fds = [room(), PollFd::new(&last, PollFlags::IN)];
+        poll(&mut fds, None)?;
+        let [first, _] = fds;
+        if first.revents().is_empty() && poll(&mut [room()], Some(&PATIENCE))? == 0 {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
 }
 
 /// Fails if streams are of a kind that cannot be opened, before anything is done for their process.
@@ -70,7 +146,7 @@ pub fn check(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// Ends with either side. A terminal is read until there is an error, when its inner end is closed.
+/// Ends with either side.
 fn transfer(mut from: impl Read, mut to: impl Write) {
     let mut buffer = [0; 8192];
     loop {
@@ -156,6 +232,35 @@ mod tests {
         let mut text = String::new();
         shown.read_to_string(&mut text).unwrap();
         assert_eq!(text, "hello");
+    }
+
+    #[test]
+    fn a_terminal_whose_output_nobody_reads_ends_with_its_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let stdout = fifo(&dir.path().join("out"));
+        let (mut inner, outer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let paths = Paths { stdout: stdout.clone(), terminal: true, ..Paths::default() };
+        let (_, screen) = attend(&File::from(std::os::fd::OwnedFd::from(outer)), &paths).unwrap();
+        // More than a FIFO takes.
+        let text = vec![b'x'; 80 << 10];
+        inner.write_all(&text).unwrap();
+        drop(inner);
+        // It waits for a reader as long as its process is there, and a moment longer.
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(screen.copying.try_recv() == Err(mpsc::TryRecvError::Empty));
+        let reader = std::thread::spawn({
+            let stdout = stdout.clone();
+            move || std::io::copy(&mut File::open(stdout).unwrap(), &mut io::sink()).unwrap()
+        });
+        screen.finish();
+        assert_eq!(reader.join().unwrap(), text.len() as u64);
+
+        let (mut inner, outer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (_, screen) = attend(&File::from(std::os::fd::OwnedFd::from(outer)), &paths).unwrap();
+        inner.write_all(&text).unwrap();
+        let begun = std::time::Instant::now();
+        screen.finish();
+        assert!(begun.elapsed() < LAST_TIMEOUT, "it waits for a reader that does not come");
     }
 
     #[test]

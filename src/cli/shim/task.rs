@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use prost::Message;
@@ -11,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::messages::{self, Status, Timestamp, Waited};
 use super::runtime::Begun;
-use super::streams::Paths;
+use super::streams::{Paths, Screen};
 use super::ttrpc::{Code, Failure, Reply};
 
 /// The exit code of a process that could not be started, as for a shell.
@@ -22,6 +23,8 @@ const CODE_NOT_STARTED: u32 = 127;
 pub struct Task {
     pub id: String,
     pub bundle: PathBuf,
+    /// Whether containerd was told that its memory was short.
+    pub is_short_of_memory: AtomicBool,
     /// Its processes by their IDs; that of the first is empty.
     processes: Mutex<BTreeMap<String, Process>>,
 }
@@ -52,6 +55,7 @@ pub struct Process {
     input: Option<File>,
     is_input_closed: bool,
     terminal: Option<File>,
+    screen: Option<Screen>,
 }
 
 impl Process {
@@ -70,6 +74,7 @@ impl Process {
             input: None,
             is_input_closed: false,
             terminal: None,
+            screen: None,
         }
     }
 
@@ -79,7 +84,8 @@ impl Process {
         // It may have ended.
         self.handle = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         self.input = begun.input.filter(|_| !self.is_input_closed);
-        (self.pid, self.terminal) = (begun.pid, begun.terminal);
+        self.pid = begun.pid;
+        (self.terminal, self.screen) = begun.terminal.unzip();
     }
 
     /// A handle of the process on the host, if it has not ended.
@@ -90,6 +96,11 @@ impl Process {
     /// The outer end of its terminal.
     pub fn terminal(&self) -> Option<&File> {
         self.terminal.as_ref()
+    }
+
+    /// What its terminal prints, once.
+    pub fn take_screen(&mut self) -> Option<Screen> {
+        self.screen.take()
     }
 
     /// Lets its input end.
@@ -177,7 +188,7 @@ impl Task {
     /// A container with its first process.
     pub fn new(id: &str, bundle: PathBuf, first: Process) -> Task {
         let processes = Mutex::new([(String::new(), first)].into());
-        Task { id: id.to_owned(), bundle, processes }
+        Task { id: id.to_owned(), bundle, is_short_of_memory: AtomicBool::new(false), processes }
     }
 
     pub fn processes(&self) -> MutexGuard<'_, BTreeMap<String, Process>> {

@@ -273,6 +273,14 @@ pub struct ContainerStatusResponse {
 }
 
 #[derive(Clone, PartialEq, Message)]
+pub struct UpdateContainerResourcesRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(message, optional, tag = "2")]
+    pub linux: Option<LinuxContainerResources>,
+}
+
+#[derive(Clone, PartialEq, Message)]
 pub struct ExecSyncRequest {
     #[prost(string, tag = "1")]
     pub container_id: String,

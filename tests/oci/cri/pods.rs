@@ -97,6 +97,7 @@ fn the_containers_of_a_pod_are_in_one_machine() {
     assert!(list.containers.len() == 2 && list.containers.iter().all(|container| container.state == RUNNING));
 
     are_counted_by_themselves(&pod, &client);
+    has_its_limits_changed(&pod, &client);
 
     // One stops and is started again, as a kubelet does it, and the other one stays.
     let _: Empty = node.call("StopContainer", &StopContainerRequest { container_id: server.id.clone(), timeout: 60 });
@@ -160,6 +161,15 @@ fn are_counted_by_themselves(pod: &Pod, idle: &Id) {
     assert!(one.1 > 0 && other.1 > 0, "{one:?} {other:?}");
     let _: Empty = pod.node.call("StopContainer", &StopContainerRequest { container_id: large.id.clone(), timeout: 0 });
     let _: Empty = pod.node.call("RemoveContainer", &large);
+}
+
+/// A container's limits change while it runs, as a kubelet resizes a pod or assigns CPUs.
+fn has_its_limits_changed(pod: &Pod, client: &Id) {
+    let linux = LinuxContainerResources { cpu_period: 100_000, cpu_quota: 50_000, memory_limit_in_bytes: 48 << 20 };
+    let request = UpdateContainerResourcesRequest { container_id: client.id.clone(), linux: Some(linux) };
+    let _: Empty = pod.node.call("UpdateContainerResources", &request);
+    let (limits, _) = pod.exec(client, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max");
+    assert_eq!(limits, "50331648\n50000 100000\n");
 }
 
 /// The node reaches a port of the pod's address, as probes do.

@@ -1,6 +1,7 @@
 //! The shim by itself, driven as containerd drives it.
 
 mod client;
+mod faults;
 mod messages;
 
 use std::fs::{self, File};
@@ -49,9 +50,15 @@ impl Node {
 
     /// Makes the bundle of a container that runs a shell script, and starts its shim, whose address is returned.
     fn start_shim(&self, id: &str, script: &str) -> String {
+        self.start_shim_with(id, script, |_| {})
+    }
+
+    /// The same with a configuration that is changed by `edit`.
+    fn start_shim_with(&self, id: &str, script: &str, edit: impl FnOnce(&mut Value)) -> String {
         self.runtime.configure(script, |config| {
             config["root"]["path"] = "rootfs".into();
             config["annotations"]["io.kubernetes.cri.sandbox-id"] = "pod".into();
+            edit(config);
         });
         fs::create_dir_all(self.bundle(id)).unwrap();
         fs::copy(self.runtime.path("bundle/config.json"), self.bundle(id).join("config.json")).unwrap();
@@ -146,14 +153,19 @@ fn refuses(node: &Node, address: &str) {
     assert!(call::<State>(address, "State", &named("c", "")).unwrap_err().contains("does not exist"));
 }
 
+/// A script on a terminal of its own, as one more process of the container.
+fn terminal(node: &Node, id: &str, script: &str) -> Option<Any> {
+    let mut config: Value = serde_json::from_slice(&fs::read(node.bundle(id).join("config.json")).unwrap()).unwrap();
+    config["process"]["args"] = json!(["sh", "-c", script]);
+    config["process"]["terminal"] = true.into();
+    Some(Any { type_url: "process".into(), value: config["process"].to_string().into() })
+}
+
 /// One more process, whose terminal has the size that containerd says, and what is typed.
 fn has_a_terminal(node: &Node, address: &str) {
     let (stdin, stdout) = (node.fifo("keys"), node.fifo("screen"));
     let screen = reader(&stdout);
-    let mut config: Value = serde_json::from_slice(&fs::read(node.bundle("c").join("config.json")).unwrap()).unwrap();
-    config["process"]["args"] = json!(["sh", "-c", "tty; stty size; read x; stty size; echo typed $x; exit 7"]);
-    config["process"]["terminal"] = true.into();
-    let spec = Some(Any { type_url: "process".into(), value: config["process"].to_string().into() });
+    let spec = terminal(node, "c", "tty; stty size; read x; stty size; echo typed $x; exit 7");
     let exec = Exec { id: "c".into(), exec_id: "e".into(), terminal: true, stdin: stdin.clone(), stdout, spec };
     call::<Empty>(address, "Exec", &exec).unwrap();
     assert!(call::<Empty>(address, "Exec", &exec).unwrap_err().contains("has a process"));
@@ -201,7 +213,8 @@ fn leaves_nothing(node: &Node) {
     await_that(|| sockets() == 0, || "the socket is left".into());
     node.runtime.nothing_is_left_in(&root.join(NAMESPACE));
     node.runtime.nothing_is_left_in(&node.runtime.path("run/tasks/none"));
-    for id in ["c", "d"] {
-        assert!(fs::read_dir(node.bundle(id).join("rootfs")).unwrap().next().is_none(), "{id} is mounted");
+    for bundle in fs::read_dir(node.runtime.path("run/tasks").join(NAMESPACE)).unwrap() {
+        let root = bundle.unwrap().path().join("rootfs");
+        assert!(fs::read_dir(&root).unwrap().next().is_none(), "{} is mounted", root.display());
     }
 }
