@@ -14,6 +14,9 @@ pub const GDT_ADDRESS: u64 = 0x500;
 pub const PVH_INFO_ADDRESS: u64 = 0x6000;
 /// `struct boot_params`, the zero page (boot.rst, 64-bit boot protocol).
 pub const ZERO_PAGE_ADDRESS: u64 = 0x7000;
+/// The top of the stack that a kernel starts with, of almost 4 KiB. No boot protocol promises one, but Nanos calls functions
+/// before it has its own.
+pub const BOOT_STACK_TOP: u64 = 0x8ff0;
 /// Page tables that identity-map the first 4 GiB: PML4, PDPT and four page directories.
 pub const PAGE_TABLE_ADDRESS: u64 = 0x9000;
 /// The kernel's command line.

@@ -61,7 +61,7 @@ pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId, entry: Option<EntryPoint>) -> Resul
 }
 
 fn registers(entry: EntryPoint) -> kvm_regs {
-    let regs = kvm_regs { rip: entry.instruction, rflags: 1 << 1, ..Default::default() };
+    let regs = kvm_regs { rip: entry.instruction, rsp: layout::BOOT_STACK_TOP, rflags: 1 << 1, ..Default::default() };
     match entry.protocol {
         Protocol::Linux64 => kvm_regs { rsi: entry.info, ..regs },
         Protocol::Pvh => kvm_regs { rbx: entry.info, ..regs },
@@ -188,6 +188,16 @@ mod tests {
         assert_eq!(descriptor_bytes(DATA), 0x00cf_9300_0000_ffff);
         assert_eq!(segment(DATA, DATA_SELECTOR).limit, 0xffff_ffff);
         assert_eq!(segment(TASK, TASK_SELECTOR).limit, 0x67);
+    }
+
+    #[test]
+    fn a_kernel_starts_with_a_stack_beside_what_it_is_given() {
+        for protocol in [Protocol::Linux64, Protocol::Pvh] {
+            let regs = registers(EntryPoint { protocol, instruction: 1 << 20, info: 0 });
+            let stack = regs.rsp - 0xe00..regs.rsp;
+            assert_eq!(regs.rsp % 16, 0);
+            assert!(stack.start >= layout::ZERO_PAGE_ADDRESS + 0x1000 && stack.end <= layout::PAGE_TABLE_ADDRESS);
+        }
     }
 
     #[test]
