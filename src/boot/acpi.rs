@@ -243,5 +243,7 @@ mod tests {
         assert!(text.contains("D0011000"), "{text}");
         let (_, text) = run("acpiexec", &["-b", "execute \\_SB.GED_._EVT 3; execute \\_SB.VGEN.ADDR", "dsdt.dat"]);
         assert!(text.contains("VGEN") && text.contains("0x80") && text.contains("FF000"), "{text}");
+        let (_, text) = run("acpiexec", &["-b", "execute \\_S5", "dsdt.dat"]);
+        assert!(text.contains("Contains 1 Elements"), "{text}");
     }
 }

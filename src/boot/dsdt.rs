@@ -36,9 +36,10 @@ pub fn table(bus: VirtioBus) -> Result<Vec<u8>> {
     Ok(dsdt.as_slice().to_vec())
 }
 
-/// `\_S5`: only the first element is used on a hardware-reduced platform (ACPI 6.5 §7.4.2.6).
+/// `\_S5`: a hardware-reduced platform uses only the first element (ACPI 6.5 §7.4.2.6). If there were a second one, Nanos
+/// would write to PM1 control, which does not exist, instead of the sleep control register.
 fn sleep_state_5() -> impl Aml {
-    Name::new(Path::new("_S5_"), &Package::new(vec![&layout::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
+    Name::new(Path::new("_S5_"), &Package::new(vec![&layout::SLEEP_TYPE_S5]))
 }
 
 fn com1() -> Vec<u8> {
