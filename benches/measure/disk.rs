@@ -38,6 +38,10 @@ impl Load {
     fn requests(self) -> u64 {
         if self.cached { CACHED_REQUESTS } else { UNCACHED_REQUESTS }
     }
+
+    fn name(self) -> String {
+        format!("4 KiB {} {}{}", self.order, self.kind, if self.cached { "" } else { ", uncached" })
+    }
 }
 
 /// 4 KiB reads and writes, random and sequential, at queue depth 1 and 32, cached and not.
@@ -56,21 +60,36 @@ pub fn block_device() -> Result<()> {
             for order in ["random", "sequential"] {
                 measure(&file, &path, Load { kind, order, cached })?;
             }
+            two_queues(&path, Load { kind, order: "random", cached })?;
         }
     }
     Ok(())
 }
 
+/// A second vCPU that drives a second queue, compared with one of each. All four threads are busy, so that the second
+/// queue can only be faster on a host with as many processors.
+fn two_queues(path: &Path, load: Load) -> Result<()> {
+    let (mut one, mut two) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        one.push(device_time(path, load, DEPTH, 1)?.as_secs_f64() * 1e6);
+        two.push(device_time(path, load, DEPTH, 2)?.as_secs_f64() * 1e6);
+    }
+    let (one, two) = (median(one), median(two));
+    let name = load.name();
+    report(&format!("{name}, 2 vCPUs with a queue each, depth {DEPTH}"), two, "us", Target::None);
+    report("  rate as a multiple of one with one", one / two, "", Target::None);
+    Ok(())
+}
+
 fn measure(file: &File, path: &Path, load: Load) -> Result<()> {
-    let Load { kind, order, cached } = load;
-    let name = format!("4 KiB {order} {kind}{}", if cached { "" } else { ", uncached" });
+    let name = load.name();
     let (mut plain, mut ring, mut deep, mut single, mut floor) = <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     for _ in 0..RUNS {
         let call = plain_time(file, load)?;
         plain.push(call.as_secs_f64() * 1e6);
         ring.push(ring_time(file, load)?.as_secs_f64() * 1e6);
-        deep.push(device_time(path, load, DEPTH)?.as_secs_f64() * 1e6);
-        single.push(device_time(path, load, 1)?.as_secs_f64() * 1e6);
+        deep.push(device_time(path, load, DEPTH, 1)?.as_secs_f64() * 1e6);
+        single.push(device_time(path, load, 1, 1)?.as_secs_f64() * 1e6);
         floor.push((exits::doorbell()? + wakeup::one_way()? + call).as_secs_f64() * 1e6);
     }
     let (plain, ring, deep, single) = (median(plain), median(ring), median(deep), median(single));
@@ -146,12 +165,15 @@ fn ring_time(file: &File, load: Load) -> Result<Duration> {
     Ok(start.elapsed() / load.requests() as u32)
 }
 
-/// The time per request of a guest driver, measured by the guest's clock.
-fn device_time(path: &Path, load: Load, depth: u32) -> Result<Duration> {
+/// The time per request of a guest with a driver on each of as many vCPUs as `queues`, measured by the guest's clock.
+fn device_time(path: &Path, load: Load, depth: u32, queues: u32) -> Result<Duration> {
     let Load { kind, order, cached } = load;
-    let words = format!("type={kind} order={order} depth={depth} count={}", load.requests());
+    let count = load.requests() / u64::from(queues);
+    let words = format!("type={kind} order={order} depth={depth} count={count} queues={queues}");
     let mut command = boot(husk_guests::DRIVE, &words);
+    command.arg("--cpus").arg(queues.to_string());
     let mut disk = path.as_os_str().to_owned();
+    disk.push(format!(",num_queues={queues}"));
     disk.push(if cached { "" } else { ",cache=none" });
     // MEASURE_DISK_OPTIONS=,aio=threads compares ways of accessing the file.
     disk.push(std::env::var_os("MEASURE_DISK_OPTIONS").unwrap_or_default());

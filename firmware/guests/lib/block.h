@@ -6,7 +6,7 @@
 enum { SECTOR = 512 };
 
 /* Feature bits (§5.2.3). */
-enum { F_BLOCK_READ_ONLY = 5, F_BLOCK_FLUSH = 9, F_BLOCK_DISCARD = 13, F_BLOCK_WRITE_ZEROES = 14 };
+enum { F_BLOCK_READ_ONLY = 5, F_BLOCK_FLUSH = 9, F_BLOCK_MQ = 12, F_BLOCK_DISCARD = 13, F_BLOCK_WRITE_ZEROES = 14 };
 
 enum block_type {
     BLOCK_IN = 0,
