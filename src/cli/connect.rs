@@ -7,15 +7,16 @@ use std::net::Ipv4Addr;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
-use super::{Cli, Command, argv};
+use super::{Cli, Command, argv, network};
 use crate::resources::bridge;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::{MachineEntry, StateDir};
 
 /// The spellings of the flag.
 const FLAGS: [&str; 2] = ["--network", "--net"];
-/// The flag for an address on the first network.
+/// The flag for an address on the first shared network, and the one for names on all of them.
 const ADDRESS: &str = "--ip";
+const ALIAS: &str = "--network-alias";
 
 /// Connects the machine `machine` to `network` from its next start on, with this address, if given, and these other names.
 pub fn connect(network: &str, machine: &str, ip: Option<Ipv4Addr>, aliases: &[String]) -> Result<()> {
@@ -40,21 +41,7 @@ pub fn connect(network: &str, machine: &str, ip: Option<Ipv4Addr>, aliases: &[St
 
 /// Disconnects it.
 pub fn disconnect(network: &str, machine: &str) -> Result<()> {
-    change(machine, |words| {
-        let line = Line::parse(words)?;
-        let found = line.networks().find(|(_, name)| name == network);
-        let (place, _) = found.with_context(|| format!("it is not connected to {network}"))?;
-        let is_last = line.networks().count() == 1;
-        let none = if is_last { vec![FLAGS[0].into(), "none".into()] } else { Vec::new() };
-        // The address is that on the first network.
-        let is_first = line.networks().next().is_some_and(|(first, _)| first == place);
-        let line = line.without(place);
-        let address = is_first.then(|| line.flags(&[ADDRESS]).next().map(|(place, _)| place)).flatten();
-        Ok(match address {
-            Some(place) => line.without(place).with(none),
-            None => line.with(none),
-        })
-    })
+    change(machine, |words| Line::parse(words)?.disconnected(network))
 }
 
 fn change(machine: &str, changed: impl FnOnce(Vec<OsString>) -> Result<Vec<OsString>>) -> Result<()> {
@@ -112,8 +99,32 @@ impl Line {
         })
     }
 
+    /// Those of networks of `husk network create`.
+    fn shared(&self) -> impl Iterator<Item = (usize, String)> {
+        self.networks().filter(|(_, name)| network::is_shared(name))
+    }
+
+    /// Without the shared network `network`, and what is for it.
+    fn disconnected(mut self, network: &str) -> Result<Vec<OsString>> {
+        let found = self.shared().position(|(_, name)| name == network);
+        let index = found.with_context(|| format!("it is not connected to {network}"))?;
+        let is_only = self.networks().count() == 1;
+        let unused: &[&str] = match (index, self.shared().count()) {
+            (0, 1) => &[ADDRESS, ALIAS],
+            (0, _) => &[ADDRESS],
+            _ => &[],
+        };
+        let (place, _) = self.shared().nth(index).context("a network that has been found")?;
+        self = self.without(place);
+        let places: Vec<usize> = self.flags(unused).map(|(place, _)| place).collect();
+        for place in places.into_iter().rev() {
+            self = self.without(place);
+        }
+        Ok(self.with(if is_only { vec![FLAGS[0].into(), "none".into()] } else { Vec::new() }))
+    }
+
     /// The words that one of the flags `names` is in, and its values.
-    fn flags(&self, names: &'static [&'static str]) -> impl Iterator<Item = (usize, &str)> {
+    fn flags(&self, names: &[&str]) -> impl Iterator<Item = (usize, &str)> {
         let options = self.words.get(self.options.clone()).unwrap_or_default();
         let value = move |at: usize| -> Option<(usize, &str)> {
             let word = options.get(at)?.to_str()?;
@@ -129,7 +140,7 @@ impl Line {
 
     /// The number of words of the option at this place.
     fn len_at(&self, place: usize) -> usize {
-        let is_flag = |word: &str| FLAGS.contains(&word) || word == ADDRESS;
+        let is_flag = |word: &str| FLAGS.contains(&word) || [ADDRESS, ALIAS].contains(&word);
         1 + usize::from(self.words.get(place).and_then(|word| word.to_str()).is_some_and(is_flag))
     }
 
@@ -171,6 +182,22 @@ mod tests {
         let line = super::Line::parse(["run", "--ip=10.0.0.2", "x", "--ip", "y"].map(OsString::from).to_vec()).unwrap();
         let addresses: Vec<_> = line.flags(&[ADDRESS]).collect();
         assert_eq!((addresses.as_slice(), line.len_at(1)), (&[(1, "10.0.0.2")][..], 1));
+    }
+
+    #[test]
+    fn the_address_and_names_on_a_network_are_removed_with_it() {
+        for (words, network, expected) in [
+            ("--network user --ip 10.0.0.2 --network a x", "a", "--network user x"),
+            ("--network a --ip=10.0.0.2 --network-alias w x", "a", "--network none x"),
+            ("--network a --ip=10.0.0.2 --network b --network-alias w x", "a", "--network b --network-alias w x"),
+            ("--network a --ip=10.0.0.2 --network b x", "b", "--network a --ip=10.0.0.2 x"),
+            ("--network-alias=v --network tap=t --network a --network-alias w x", "a", "--network tap=t x"),
+        ] {
+            let disconnected = line(&format!("run {words}")).disconnected(network).unwrap();
+            assert_eq!(text(&disconnected), format!("run {expected}"), "{words}");
+        }
+        let absent = line("run --network user --network a x").disconnected("user").unwrap_err();
+        assert_eq!(absent.to_string(), "it is not connected to user");
     }
 
     #[test]

@@ -147,6 +147,11 @@ pub(super) fn network_arg(text: &str) -> Result<NetworkArg, String> {
     Ok(arg)
 }
 
+/// Whether this argument of --network is a network of `husk network create`.
+pub(super) fn is_shared(text: &str) -> bool {
+    network_arg(text).is_ok_and(|arg| matches!(arg.to, Target::Network(_)))
+}
+
 impl NetworkFlags {
     /// Applies the default rate limits to interfaces without their own. Fails if there are none.
     pub fn limit<'a>(&self, rates: impl IntoIterator<Item = &'a mut Rate>) -> Result<()> {
