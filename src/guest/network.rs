@@ -93,7 +93,8 @@ pub fn parse_address(text: &str) -> Result<InterfaceAddress, String> {
 impl NetworkSetup {
     /// The setup of a machine with these interfaces and the DNS servers `dns`, or the host's servers if `dns` is empty.
     pub fn new(setups: Vec<InterfaceSetup>, dns: &[IpAddr]) -> NetworkSetup {
-        let mut resolver = resolver::of_host();
+        // Without a network, only what the user asks for.
+        let mut resolver = if setups.is_empty() { Resolver::default() } else { resolver::of_host() };
         let user = setups.iter().find_map(|setup| match &setup.config.to {
             Attachment::User(user) => Some(user),
             Attachment::Tap { .. } | Attachment::Bridge { .. } | Attachment::Interface { .. } => None,
@@ -171,9 +172,10 @@ impl NetworkSetup {
         self.configs.is_empty()
     }
 
-    /// The content of the guest's /etc/resolv.conf, if it has a network.
+    /// The content of the guest's /etc/resolv.conf, if it has a network or the user has asked for something in it.
     fn resolv_conf(&self) -> Option<Vec<u8>> {
-        (!self.is_empty()).then(|| self.resolver.resolv_conf())
+        let content = self.resolver.resolv_conf();
+        (!self.is_empty() || !content.is_empty()).then_some(content)
     }
 
     /// The guest's own address for /etc/hosts, if there is one.
@@ -260,7 +262,15 @@ mod tests {
         let hosts = vec![("host".into(), None)];
         let unreachable = NetworkSetup::default().with_names(&Names { hosts, ..Names::default() });
         assert!(unreachable.unwrap_err().to_string().starts_with("host-gateway: "));
-        let none = NetworkSetup::new(Vec::new(), &dns);
+    }
+
+    #[test]
+    fn without_a_network_the_resolver_has_what_the_user_asks_for() {
+        let none = NetworkSetup::new(Vec::new(), &[]);
         assert_eq!((none.is_empty(), none.own_address(), none.resolv_conf()), (true, None, None));
+        let dns = ["192.0.2.53".parse().unwrap()];
+        let names = Names { search: vec!["example".into()], ..Names::default() };
+        let asked = NetworkSetup::new(Vec::new(), &dns).with_names(&names).unwrap();
+        assert_eq!(asked.resolv_conf().unwrap(), b"search example\nnameserver 192.0.2.53\n");
     }
 }
