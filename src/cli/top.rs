@@ -49,9 +49,34 @@ impl Top {
         };
         let env = inherited.env.into_iter().map(Vec::from).collect();
         let text = list(&entry, args, env)?;
-        super::print(&if by_init { table(&text, now_ms() / 1000)? } else { text })?;
+        let shown = match by_init {
+            true => table(&text, now_ms() / 1000)?,
+            false => only(&text, &pids(&own(&entry)?)),
+        };
+        super::print(&shown)?;
         Ok(Exit::Success)
     }
+}
+
+/// The processes of the machine as init lists them: without itself and the kernel's threads.
+fn own(entry: &MachineEntry) -> Result<String> {
+    list(entry, vec![INIT_PROGRAM.into(), LIST_PROCESSES.into()], Vec::new())
+}
+
+/// The PIDs in a list of init's.
+fn pids(text: &str) -> Vec<u32> {
+    text.lines().filter_map(|line| line.split('\t').nth(1)?.parse().ok()).collect()
+}
+
+/// What ps has printed, without the lines of other processes than these. As with Docker, that takes a column with their PIDs.
+fn only(text: &str, pids: &[u32]) -> String {
+    let titles = text.lines().next().unwrap_or_default();
+    let Some(column) = titles.split_whitespace().position(|title| title == "PID") else { return text.to_owned() };
+    let is_other = |line: &str| {
+        let pid = line.split_whitespace().nth(column).and_then(|field| field.parse().ok());
+        pid.is_some_and(|pid: u32| !pids.contains(&pid))
+    };
+    text.split_inclusive('\n').filter(|line| !is_other(line)).collect()
 }
 
 /// What a program of a machine that lists processes prints.
@@ -69,8 +94,7 @@ fn list(entry: &MachineEntry, args: Vec<Vec<u8>>, env: Vec<Vec<u8>>) -> Result<S
 /// The processes of the container `id` of a machine: their PIDs, and a list in the form of `ps -ef`.
 pub fn processes(entry: &MachineEntry, id: &str) -> Result<(Vec<u32>, String)> {
     let text = list(entry, vec![INIT_PROGRAM.into(), LIST_PROCESSES.into(), id.into()], Vec::new())?;
-    let pids = text.lines().filter_map(|line| line.split('\t').nth(1)?.parse().ok()).collect();
-    Ok((pids, table(&text, now_ms() / 1000)?))
+    Ok((pids(&text), table(&text, now_ms() / 1000)?))
 }
 
 /// The list in the form of `ps -ef`.
@@ -118,6 +142,14 @@ mod tests {
         assert_eq!(rows[0], ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]);
         assert_eq!(rows[1], ["root", "7", "1", "25", "21:56", "?", "00:04:10", "sleep", "1"]);
         assert_eq!(rows[2], ["web", "9", "7", "0", "Jan02", "pts/0", "00:00:00", "x", "y"]);
+    }
+
+    #[test]
+    fn a_list_of_ps_has_the_machines_processes_only() {
+        let text = "USER   PID COMMAND\nroot     1 husk\nroot     2 [kthreadd]\nweb     34 httpd -p 1\nroot    40 ps\n";
+        assert_eq!(only(text, &[34, 41]), "USER   PID COMMAND\nweb     34 httpd -p 1\n");
+        assert_eq!(only("RSS COMMAND\n1 husk\n", &[34]), "RSS COMMAND\n1 husk\n", "without a column of PIDs");
+        assert_eq!(pids("root\t7\t1\t2\t3\t?\tsleep 1\nx\n"), [7]);
     }
 
     #[test]
