@@ -193,6 +193,11 @@ impl LifecycleArgs {
         !sig_proxy && !self.is_detached() && !self.is_again() && !self.unsignaled && !self.only_creates()
     }
 
+    /// Whether another process, in front of this one, gets the signals, and may end.
+    pub fn is_unsignaled(&self) -> bool {
+        self.unsignaled
+    }
+
     /// Whether the machine runs without this process's terminal and input.
     pub fn is_detached(&self) -> bool {
         (self.detach || self.in_background) && !self.attached

@@ -35,11 +35,13 @@ pub struct Attached {
     pub stdout: bool,
     /// Standard error.
     pub stderr: bool,
+    /// Whether the guest's process goes on when nobody reads its output here any more.
+    pub outlived: bool,
 }
 
 impl Default for Attached {
     fn default() -> Attached {
-        Attached { stdin: true, stdout: true, stderr: true }
+        Attached { stdin: true, stdout: true, stderr: true, outlived: false }
     }
 }
 
@@ -151,7 +153,8 @@ impl Streams {
                 Stream::Errors if attached.stderr => io::stderr().as_fd().try_clone_to_owned(),
                 Stream::Output | Stream::Errors => return Ok(Box::new(io::sink())),
             };
-            Ok(Box::new(File::from(own?)))
+            let own = File::from(own?);
+            Ok(if attached.outlived { Box::new(Outlived(Some(own))) } else { Box::new(own) })
         };
         match &self.endpoints {
             Endpoints::Hub(hub) => Ok(Box::new(HubStream(hub.clone(), stream))),
@@ -182,6 +185,20 @@ impl Streams {
         if let Some(input) = self.input.take() {
             let _ = input.shutdown(Shutdown::Both);
         }
+    }
+}
+
+/// An output that takes everything, also when what it was written to is gone.
+struct Outlived(Option<File>);
+
+impl Write for Outlived {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.take_if(|file| file.write_all(bytes).is_err());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use crate::background::Machines;
 use crate::image::archive;
 use crate::terminal::Terminal;
 use crate::uplink::is_lab;
@@ -199,4 +200,22 @@ fn without_a_signal_proxy_a_signal_ends_the_client_and_the_machine_goes_on() {
     stdout.read_to_string(&mut rest).unwrap();
     assert_eq!((up, rest.as_str()), (*b"up\n", "on\n"));
     shell(&guests, &["--sig-proxy=false"], "exit 7").expect(7);
+}
+
+#[test]
+fn a_machine_without_a_signal_proxy_goes_on_when_nobody_reads_its_output() {
+    let machines = Machines::new(guests!());
+    let script = "echo up; read line; for n in 1 2 3; do echo $n || exit 9; done; exit 3";
+    let words = ["-i", "--name", "lone", "--sig-proxy=false", archive(), "sh", "-c", script];
+    let mut husk = husk_run(&machines.guests, &words);
+    husk.env("XDG_RUNTIME_DIR", machines.runtime.path());
+    let mut child = husk.stdin(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    stdout.read_exact(&mut [0; 3]).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(stdout);
+    stdin.write_all(b"on\n").unwrap();
+    assert_eq!(machines.ok(&["wait", "lone"]), "3\n");
+    assert_eq!(machines.ok(&["logs", "lone"]), "up\n1\n2\n3\n");
 }

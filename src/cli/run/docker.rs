@@ -48,7 +48,7 @@ impl DockerFlags {
     /// The streams that are attached.
     pub fn attached(&self) -> Attached {
         let has = |name: &str| self.attach.is_empty() || self.attach.iter().any(|stream| stream == name);
-        Attached { stdin: has("stdin"), stdout: has("stdout"), stderr: has("stderr") }
+        Attached { stdin: has("stdin"), stdout: has("stdout"), stderr: has("stderr"), outlived: false }
     }
 
     /// The CPUs that `--cpu-quota` asks for.
@@ -363,7 +363,7 @@ mod tests {
     #[test]
     fn only_the_streams_that_are_named_are_attached() {
         let attached = |words: &[&str]| {
-            let Attached { stdin, stdout, stderr } = parsed(words).unwrap().attached();
+            let Attached { stdin, stdout, stderr, .. } = parsed(words).unwrap().attached();
             [stdin, stdout, stderr]
         };
         assert_eq!(attached(&[]), [true; 3]);

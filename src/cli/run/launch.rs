@@ -10,6 +10,7 @@ use crate::cli::boot;
 use crate::cli::exit::Exit;
 use crate::config::MachineConfig;
 use crate::guest::GuestSpec;
+use crate::guest::session::Attached;
 use crate::resources;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::snapshot::{Snapshot, warm};
@@ -49,15 +50,13 @@ impl Run {
         signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
+        let attached = Attached { outlived: self.lifecycle.is_unsignaled(), ..self.docker.attached() };
         let (source, start) = match warm {
-            Some(snapshot) => session::begin(spec, snapshot, self.docker.attached())?,
+            Some(snapshot) => session::begin(spec, snapshot, attached)?,
             None => {
                 let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
                 let (stdin, terminal) = (spec.wants_stdin(), spec.on_terminal());
-                (
-                    machine::boot_source(kernel, initramfs)?,
-                    Start::Boot { stdin, terminal, attached: self.docker.attached() },
-                )
+                (machine::boot_source(kernel, initramfs)?, Start::Boot { stdin, terminal, attached })
             }
         };
         resources::host::warn_of_pvm();
