@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 
 use client::{Client, Entry};
-use rustix::fs::{OFlags, RenameFlags};
+use rustix::fs::{IFlags, OFlags, RenameFlags, ioctl_getflags, ioctl_setflags};
 
 use super::wire::{ROOT_ID, feature, opcode, set};
 use super::{Cache, Options};
@@ -257,6 +257,22 @@ fn a_kernel_that_writes_later_reads_what_is_around_a_change() {
     let mut guest = Client::new();
     let (file, handle) = guest.create(ROOT_ID, "f", libc::O_WRONLY as u32, 0o600).unwrap();
     assert_eq!(guest.read(file.id, handle, 0, 4), Err(libc::EBADF));
+}
+
+#[test]
+fn times_of_what_is_written_late_are_the_hosts_where_nobody_may_set_them() {
+    let mut guest = Client::new();
+    fs::write(guest.at("f"), b"data").unwrap();
+    let file = guest.look_up(ROOT_ID, "f").unwrap();
+    // As for a file of another user, a server with all privileges may not set them.
+    let opened = fs::File::open(guest.at("f")).unwrap();
+    let Ok(flags) = ioctl_getflags(&opened) else { return eprintln!("skipped: no flags of files") };
+    if ioctl_setflags(&opened, flags | IFlags::IMMUTABLE).is_err() {
+        return eprintln!("skipped: not root");
+    }
+    let set = [set::MTIME, set::MTIME | set::FH].map(|valid| guest.set_attributes(file.id, valid, 0, (77, 5), 0));
+    ioctl_setflags(&opened, flags).unwrap();
+    assert_eq!(set, [Err(libc::EPERM), Ok(())]);
 }
 
 #[test]

@@ -151,6 +151,19 @@ fn what_is_written_later_is_on_the_host_when_the_file_is_closed() {
 }
 
 #[test]
+fn what_processes_in_the_background_have_written_is_on_the_host_when_the_machine_ends() {
+    let guests = guests!();
+    let dir = tempfile::tempdir().unwrap();
+    let work = volume(dir.path(), "/work:cache=writeback");
+    let script =
+        "cd /work; (exec 3>late; head -c 9000000 /dev/zero >&3; echo end >&3; touch written; exec sleep 1000) &
+        until [ -e written ]; do sleep 0.1; done";
+    shell(&guests, &["-v", &work], script).expect(0);
+    let late = fs::read(dir.path().join("late")).unwrap();
+    assert!(late.len() == 9_000_004 && late.ends_with(b"\0end\n"), "{} bytes", late.len());
+}
+
+#[test]
 fn a_volume_keeps_its_files_until_it_is_removed() {
     let guests = guests!();
     shell(&guests, &["-v", "tests-data:/data"], "echo kept >/data/f").expect(0);

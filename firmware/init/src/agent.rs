@@ -66,6 +66,10 @@ pub fn run(main: Session, containers: Containers, prepared: Option<Prepared>, li
     let mut agent =
         Agent { children, listener, pending, main, others, containers, prepared, killed_at: None, kernel_log };
     agent.serve();
+    // A process that was killed ends when what it wrote to a shared folder is on the host. Some may take longer than we have waited.
+    if sys::reap() != Err(Errno::ECHILD) {
+        nix::unistd::sync();
+    }
     if let Some(kept) = agent.prepared.and_then(|prepared| prepared.kept) {
         kept.settle();
     }
