@@ -9,10 +9,11 @@ use super::export;
 use super::import::ImportFlags;
 use super::reach::Reached;
 use crate::image::Progress;
-use crate::image::commit::Top;
+use crate::image::commit::{Ran, Top};
 use crate::image::make::Making;
 use crate::image::reference::Reference;
 use crate::image::tar_stream::Content;
+use crate::state_dir::record::{Inherited, Record, Text};
 use crate::sys::allocator;
 
 const EXAMPLES: &str = "\
@@ -20,7 +21,8 @@ Examples:
   husk commit web web:2
   husk commit -m 'with curl' -c 'CMD [\"nginx\"]' web web:2
 
-The image has the configuration of the machine's image, and one layer more with the changes; or, if the store has not all
+The image has the configuration of the machine's image, with the command, the environment, the user, the working directory
+and the labels of the machine, and one layer more with the changes; or, if the store has not all
 layers of that image, a single one with all files. What is mounted in the machine, such as volumes, is left out. The
 machine may be running, and is not paused: programs may be writing meanwhile.";
 
@@ -66,7 +68,8 @@ impl Commit {
         allocator::use_one_arena();
         let store = self.import.store()?;
         let machine = Reached::find(&self.machine)?;
-        let image = machine.asked_for().record()?.image_id.clone();
+        let record = machine.asked_for().record()?;
+        let (image, ran) = (record.image_id.clone(), ran(record));
         let base = image.map(|image| store.base(&image)).transpose()?.flatten();
         let mut archive = store.nameless_file().context("create a file for the layer")?;
         let top = match base {
@@ -80,10 +83,29 @@ impl Commit {
             }
         };
         machine.release()?;
-        let making = Making { name: self.name.as_ref(), changes: &self.changes, comment: &self.message, from: "" };
+        let making = Making {
+            name: self.name.as_ref(),
+            changes: &self.changes,
+            ran: ran.as_ref(),
+            comment: &self.message,
+            from: "",
+        };
         let base = base.map(|(id, _)| id);
         let id = store.commit(base, top, &self.author, &making, Progress::on_terminal()).context("make the image")?;
         super::print(&format!("{id}\n"))?;
         Ok(Exit::Success)
     }
+}
+
+/// What the machine ran, unless that was an init of the image.
+fn ran(record: &Record) -> Option<Ran> {
+    let Inherited { env, working_dir, user, .. } = record.process.clone()?;
+    let text = |text: Text| String::from_utf8_lossy(&Vec::from(text)).into_owned();
+    Some(Ran {
+        command: record.command.clone(),
+        env: env.into_iter().map(text).collect(),
+        working_dir: text(working_dir),
+        user,
+        labels: record.labels.clone(),
+    })
 }

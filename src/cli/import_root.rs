@@ -59,7 +59,8 @@ impl ImportRoot {
         };
         let store = self.import.store()?;
         let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
-        let making = Making { name: self.name.as_ref(), changes: &self.changes, comment: &self.message, from: file };
+        let making =
+            Making { name: self.name.as_ref(), changes: &self.changes, ran: None, comment: &self.message, from: file };
         let id = store.import_root(archive, &making, progress).with_context(|| format!("import {file}"))?;
         let name = self.name.as_ref().map(Reference::familiar).unwrap_or_default();
         events::note("image", "import", id, name);

@@ -49,7 +49,7 @@ pub fn apply(config: &mut Map<String, Value>, instruction: &str) -> Result<()> {
 }
 
 /// Adds a key to the object at `name`.
-fn add(config: &mut Map<String, Value>, name: &str, key: String, value: Value) {
+pub(super) fn add(config: &mut Map<String, Value>, name: &str, key: String, value: Value) {
     let known = config.remove(name);
     let mut object = if let Some(Value::Object(map)) = known { map } else { Map::new() };
     object.insert(key, value);

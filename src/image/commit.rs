@@ -1,5 +1,6 @@
 //! Makes images of what machines have changed: `husk commit`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::time::SystemTime;
 
@@ -21,6 +22,41 @@ pub enum Top {
     Layer(File),
     /// One whose only layer is an archive of the whole root file system.
     Root(File),
+}
+
+/// What a machine ran, which its image goes on with.
+#[derive(Debug, Default)]
+pub struct Ran {
+    /// The program and its arguments, with those of the image's entrypoint.
+    pub command: Vec<String>,
+    /// `NAME=VALUE` each.
+    pub env: Vec<String>,
+    /// The working directory.
+    pub working_dir: String,
+    /// The user, if the image's was not root or another one was given.
+    pub user: String,
+    /// Further labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Ran {
+    /// Changes the configuration of the machine's image to that of the machine.
+    fn apply(&self, config: &mut Map<String, Value>) {
+        let entrypoint = config.get("Entrypoint").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let begins =
+            self.command.len() >= entrypoint.len() && entrypoint.iter().zip(&self.command).all(|(a, b)| a == b);
+        let arguments = if begins { self.command.get(entrypoint.len()..) } else { None };
+        if arguments.is_none() {
+            config.remove("Entrypoint");
+        }
+        config.insert("Cmd".into(), arguments.unwrap_or(&self.command).into());
+        config.insert("Env".into(), self.env.as_slice().into());
+        config.insert("WorkingDir".into(), self.working_dir.as_str().into());
+        config.insert("User".into(), self.user.as_str().into());
+        for (key, value) in &self.labels {
+            changes::add(config, "Labels", key.clone(), value.as_str().into());
+        }
+    }
 }
 
 impl Store {
@@ -68,6 +104,7 @@ fn extended(mut image: Value, layers: &[LayerRecord], author: &str, making: &Mak
         Some(Value::Object(config)) => config,
         _ => Map::new(),
     };
+    making.ran.iter().for_each(|ran| ran.apply(&mut config));
     making.changes.iter().try_for_each(|change| changes::apply(&mut config, change))?;
     object.insert("config".into(), config.into());
     for (name, value) in [("architecture", "amd64"), ("os", "linux")] {
@@ -149,5 +186,26 @@ mod tests {
         let bare =
             store.commit(None, Top::Root(archive(&store, "all")), "", &Making::default(), Progress::Hidden).unwrap();
         assert!(store.index().unwrap().images[&bare].process.cmd.is_empty());
+    }
+
+    #[test]
+    fn an_image_goes_on_with_what_its_machine_ran() {
+        let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        let applied = |image: Value, command: &[&str]| {
+            let labels = BTreeMap::from([("of".to_owned(), "machine".to_owned())]);
+            let env = texts(&["A=1"]);
+            let ran = Ran { command: texts(command), env, working_dir: "/w".into(), user: "7".into(), labels };
+            let mut config = image.as_object().unwrap().clone();
+            ran.apply(&mut config);
+            Value::from(config)
+        };
+        let image = json!({ "Entrypoint": ["a", "b"], "Cmd": ["c"], "Labels": { "own": "x" }, "ExposedPorts": { "1/tcp": {} } });
+        let others = json!({ "Env": ["A=1"], "WorkingDir": "/w", "User": "7", "Labels": { "own": "x", "of": "machine" },
+            "ExposedPorts": { "1/tcp": {} }, "Entrypoint": ["a", "b"], "Cmd": ["d", "e"] });
+        assert_eq!(applied(image.clone(), &["a", "b", "d", "e"]), others);
+        let replaced = applied(image.clone(), &["a", "x"]);
+        assert_eq!((replaced.get("Entrypoint"), &replaced["Cmd"]), (None, &json!(["a", "x"])));
+        assert_eq!(applied(image, &["a"]).get("Entrypoint"), None);
+        assert_eq!(applied(json!({}), &["sh"])["Cmd"], json!(["sh"]));
     }
 }

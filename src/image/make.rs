@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::bundle::{self, Part};
 use super::changes;
+use super::commit::Ran;
 use super::config::ImageConfig;
 use super::digest::{Digest, Hasher};
 use super::index::{LayerRecord, Record};
@@ -27,6 +28,8 @@ pub struct Making<'a> {
     pub name: Option<&'a Reference>,
     /// Instructions for its configuration (see [`changes::apply`]).
     pub changes: &'a [String],
+    /// What the machine ran that it is made of.
+    pub ran: Option<&'a Ran>,
     /// A comment for its history.
     pub comment: &'a str,
     /// Where the archive is from.
