@@ -463,6 +463,8 @@ fn a_users_mistake_is_answered_with_what_to_type() {
         (&["run", "-l", "=x", "x"], "use KEY=VALUE or KEY"),
         (&["run", "-p", "99999:80", "x"], "host ports are 1 to 65535"),
         (&["run", "--network", "host", "x"], "use --network user"),
+        (&["run", "--env-file", "/nowhere/env", "x"], "read /nowhere/env: No such file"),
+        (&["run", "--ip", "10.0.0.2", "x"], "--ip and --network-alias need --network NAME"),
         (&["exec", "web"], "add one after the machine"),
         (&["exec", "web", "ls"], "see `husk ps -a`"),
         (&["cp", "a", "b"], "use MACHINE:PATH"),

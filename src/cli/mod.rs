@@ -106,6 +106,8 @@ Examples:
 /// A lightweight virtual machine monitor (VMM) on KVM, for container images and Linux kernels
 #[derive(Debug, Parser)]
 #[command(name = "husk", version, propagate_version = true, max_term_width = 100)]
+// The last value counts, as with Docker: an alias may have one that the command line replaces.
+#[command(args_override_self = true)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
 pub struct Cli {
     #[command(subcommand)]
@@ -408,6 +410,16 @@ mod tests {
     #[test]
     fn the_command_definition_is_valid() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_last_value_of_a_flag_counts() {
+        let words =
+            ["husk", "run", "--name=a", "-m", "1G", "--rm", "--rm", "-e", "A=1", "--name", "b", "-e", "B=2", "x"];
+        let Command::Run(run) = Cli::try_parse_from(words).unwrap().command else { unreachable!() };
+        let text = format!("{run:?}");
+        assert!(text.contains("\"b\"") && !text.contains("\"a\""), "{text}");
+        assert!(text.contains("A=1") && text.contains("B=2"), "{text}");
     }
 
     #[test]

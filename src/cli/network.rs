@@ -277,8 +277,9 @@ impl NetworkFlags {
         Ok(networks)
     }
 
-    /// Fails early if a network does not exist.
+    /// Fails early if a network does not exist, or what a flag is for is missing.
     pub fn check(&self) -> Result<()> {
+        self.with_wishes()?;
         self.networks.iter().try_for_each(|arg| match &arg.to {
             Target::Network(name) => bridge::check_exists(name),
             Target::Nothing | Target::Attachment(_) => Ok(()),

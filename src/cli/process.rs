@@ -54,6 +54,11 @@ impl ProcessFlags {
         Ok(Overrides { command, env, working_dir, user, ..Overrides::default() })
     }
 
+    /// Fails early if an environment file does not exist. It is read only once, since it may be a pipe.
+    pub fn check_files(&self) -> Result<()> {
+        self.env_file.iter().try_for_each(|file| text::check_exists(file))
+    }
+
     /// Overwrites the values of environment variables in this process's visible arguments. Must be called before other
     /// threads are started.
     pub fn mask_values(&self) {

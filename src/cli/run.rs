@@ -235,6 +235,7 @@ impl Run {
         };
         // Before it is pulled.
         self.machine.check()?;
+        self.process.check_files()?;
         let mut command: Vec<OsString> = words.collect();
         // After `--`, everything is the command.
         if command.first().is_some_and(|word| word == "--") {

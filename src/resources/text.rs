@@ -25,6 +25,11 @@ pub fn read_at_most(max_bytes: u64, path: &Path) -> Result<String> {
     read().with_context(|| format!("read {}", path.display()))
 }
 
+/// Fails, as [`read`] does, if the file does not exist.
+pub fn check_exists(path: &Path) -> Result<()> {
+    fs::metadata(path).map(drop).with_context(|| format!("read {}", path.display()))
+}
+
 /// Writes a text file, replacing an existing one.
 pub fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("write {}", path.display()))
