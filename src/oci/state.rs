@@ -176,7 +176,11 @@ impl Root {
             made => made.with_context(|| format!("create {}", dir.path.display()))?,
         }
         let share = dir.share();
-        DirBuilder::new().mode(0o700).create(&share).with_context(|| format!("create {}", share.display()))?;
+        if let Err(error) = DirBuilder::new().mode(0o700).create(&share) {
+            // The disk may be full.
+            let _ = fs::remove_dir(&dir.path);
+            return Err(error).with_context(|| format!("create {}", share.display()));
+        }
         Ok(dir)
     }
 

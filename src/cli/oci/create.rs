@@ -149,6 +149,7 @@ impl Creation {
         let root = flags.root()?;
         let pod = Pod::of(&root, &config)?;
         let rootfs = check(&self.id, &config, &bundle, pod.as_ref()).with_context(|| path.display().to_string())?;
+        let machines = state::machines()?;
         let dir = root.create(&self.id)?;
         let state = State {
             id: self.id.clone(),
@@ -164,7 +165,7 @@ impl Creation {
             pod,
             is_frozen: false,
             machine: None,
-            machines: state::machines()?,
+            machines,
         };
         let begun = dir.save_config(&path).and_then(|()| dir.write(&state)).and_then(|()| {
             let terminal = terminal(&config)?;

@@ -77,9 +77,10 @@ pub fn clean_up(root: &Root, dir: &Dir) -> Result<()> {
     {
         cgroup.remove()?;
     }
-    if let Ok(state) = state {
-        // What a process that was killed has left.
-        StateDir::at(state.machines).and_then(|machines| machines.remove_stale())?;
+    // What a process that was killed has left, where machines are unless something else is known.
+    match state {
+        Ok(state) => StateDir::at(state.machines).and_then(|machines| machines.remove_stale())?,
+        Err(_) => drop(state::machines().and_then(StateDir::at).and_then(|machines| machines.remove_stale())),
     }
     dir.remove()
 }
