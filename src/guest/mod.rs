@@ -382,12 +382,14 @@ impl GuestSpec {
             }
             RootFs::Image { .. } | RootFs::Disk { .. } => None,
         };
+        // A driver that is built in makes an interface that nobody has asked for.
+        let cmdline = ["dummy.numdummies=0"].into_iter().chain(verbose.then_some("loglevel=7"));
         // A waiting machine has no others.
         let late_disks = if self.has_session() { disks.len().saturating_sub(1) } else { 0 };
         let vsock = VsockConfig { socket: socket.to_owned(), cid: DEFAULT_CID };
         MachineConfig {
             kernel: kernel.path.clone(),
-            cmdline: if verbose { "loglevel=7".into() } else { String::new() },
+            cmdline: cmdline.collect::<Vec<_>>().join(" "),
             cpus,
             memory_mib,
             disks,

@@ -29,20 +29,29 @@ fn a_container_has_the_interfaces_of_its_network_namespace() {
     ] {
         ip(words);
     }
-    runtime.configure("ip route | grep default; ip address | grep 10.77.0.2; ping -c 1 -W 30 10.77.0.1", |config| {
-        for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
-            if namespace["type"] == "network" {
-                namespace["path"] = "/run/netns/box".into();
+    runtime.configure(
+        "ip route | grep default; ip address | grep -e 10.77.0.2 -e ^[0-9]; ping -c 1 -W 30 10.77.0.1",
+        |config| {
+            for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
+                if namespace["type"] == "network" {
+                    namespace["path"] = "/run/netns/box".into();
+                }
             }
-        }
-        for set in ["bounding", "effective", "permitted"] {
-            config["process"]["capabilities"][set] = json!(["CAP_NET_RAW"]);
-        }
-    });
+            for set in ["bounding", "effective", "permitted"] {
+                config["process"]["capabilities"][set] = json!(["CAP_NET_RAW"]);
+            }
+        },
+    );
     let ended = runtime.run(&["run", "c"]);
     let printed = ended.expect(0);
     assert!(printed.contains("default via 10.77.0.1") && printed.contains("inet 10.77.0.2/24"), "{printed}");
     assert!(printed.contains("1 packets received"), "{printed}");
+    // One of its own, and no other.
+    assert_eq!(
+        printed.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit()) && line.contains(": <")).count(),
+        2,
+        "{printed}"
+    );
     runtime.expect_nothing_left();
     let left = finish(Command::new("/opt/ip").args(["-n", "box", "-brief", "link"]));
     assert!(!left.expect(0).contains("tap"), "{}", left.output);
