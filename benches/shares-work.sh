@@ -18,4 +18,23 @@ echo "$started $(awk '{ print $1 }' /proc/uptime)" | awk '{ print "transactions"
 found=$(sqlite3 db 'pragma integrity_check; select count(*) from t' | tr '\n' ' ')
 rm -f db db-wal db-shm
 [ "$found" = 'ok 200 ' ] || { echo "$found"; exit 1; }
+
+# A build: sources with a common header, of which objects and an archive are made.
+mkdir build
+cd build
+printf '#include <%s.h>\n' stdio stdlib string >common.h
+for number in $(seq 40); do
+    cat >"$number.c" <<END
+#include "common.h"
+int f$number(const char *text) { return printf("%s %zu", text, strlen(text)) + $number; }
+END
+done
+started=$(awk '{ print $1 }' /proc/uptime)
+for number in $(seq 40); do
+    tcc -c "$number.c" -o "$number.o"
+done
+tcc -ar build.a ./*.o
+echo "$started $(awk '{ print $1 }' /proc/uptime)" | awk '{ print "build", 40 / ($2 - $1 + 0.01) }'
+cd ..
+rm -rf build
 echo well
