@@ -20,6 +20,7 @@ pub mod process;
 mod saved;
 #[cfg(test)]
 mod tests;
+mod users;
 pub mod wire;
 mod worker;
 

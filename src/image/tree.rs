@@ -2,12 +2,15 @@
 //!
 //! The tree contains only names and never refers to host paths, so neither names nor symbolic links can escape it.
 
+mod node;
+
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::erofs::{self, Content};
+pub use node::{Attributes, Body, Node, NodeId, ROOT, Xattr};
 
 /// The maximum length of a file name (EROFS, and Linux file systems in general).
 const MAX_NAME_BYTES: usize = 255;
@@ -17,58 +20,6 @@ const MAX_PATH_BYTES: usize = 4095;
 const MAX_STEPS: usize = 4096;
 /// Twelve bits of major number and twenty of minor number, the kernel's on-disk format (`new_encode_dev`).
 const DEVICE_BITS: (u32, u32) = (12, 20);
-
-/// An index of a node in the tree.
-pub type NodeId = usize;
-/// The root directory.
-pub const ROOT: NodeId = 0;
-
-/// An extended attribute.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Xattr {
-    pub name: Box<[u8]>,
-    pub value: Box<[u8]>,
-}
-
-/// The attributes of any file.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Attributes {
-    /// Permissions, including setuid, setgid and the sticky bit.
-    pub mode: u16,
-    pub uid: u32,
-    pub gid: u32,
-    pub mtime_seconds: i64,
-    pub mtime_nanoseconds: u32,
-    pub xattrs: Vec<Xattr>,
-}
-
-/// The type of a file and its data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Body {
-    Directory(BTreeMap<Box<[u8]>, NodeId>),
-    File(Content),
-    Symlink(Box<[u8]>),
-    Character { major: u32, minor: u32 },
-    Block { major: u32, minor: u32 },
-    Fifo,
-    Socket,
-}
-
-impl Body {
-    /// A directory without entries.
-    pub fn empty_directory() -> Body {
-        Body::Directory(BTreeMap::new())
-    }
-}
-
-/// A file of any type.
-#[derive(Debug, Clone)]
-pub struct Node {
-    pub attributes: Attributes,
-    pub body: Body,
-    /// The number of hard links.
-    pub names: u32,
-}
 
 /// Limits of a tree's memory usage, which a crafted archive must not exceed.
 #[derive(Debug, Clone, Copy)]

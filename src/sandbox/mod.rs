@@ -10,6 +10,7 @@ pub mod cgroup;
 mod confine;
 mod filter;
 pub mod folder;
+mod requests;
 mod tables;
 pub mod task;
 
