@@ -153,7 +153,10 @@ fn translate(mount: &config::Mount, bundle: &Path, id: &str, number: usize) -> R
     let (flags, data) = options(&mount.options)?;
     let target = mount.destination.clone().into_bytes();
     if flags & libc::MS_BIND == 0 && mount.kind != "bind" {
-        let source = MountSource::FileSystem { kind: mount.kind.clone(), options: data.join(",") };
+        // A device of the host is none of the machine's.
+        let named = mount.source.to_str().filter(|name| !name.is_empty() && !name.contains('/'));
+        let (kind, name) = (mount.kind.clone(), named.unwrap_or(&mount.kind).to_owned());
+        let source = MountSource::FileSystem { kind, options: data.join(","), name };
         return Ok(Translated::FileSystem(Mount { target, source, flags }));
     }
     let path = bundle.join(&mount.source);
@@ -269,7 +272,9 @@ pub fn process(config: &config::Process, seccomp: Option<&crate::guest::seccomp:
 
 fn limit(limit: &config::Limit) -> Result<Limit> {
     let name = limit.kind.strip_prefix("RLIMIT_").unwrap_or(&limit.kind).to_ascii_lowercase();
-    let resource = process::resource(&name).with_context(|| format!("unknown resource limit {:?}", limit.kind))?;
+    // Docker has no name for it.
+    let resource = if name == "as" { Some(libc::RLIMIT_AS) } else { process::resource(&name) };
+    let resource = resource.with_context(|| format!("unknown resource limit {:?}", limit.kind))?;
     ensure!(limit.soft <= limit.hard, "{}: the soft limit exceeds the hard limit", limit.kind);
     Ok(Limit { resource, soft: limit.soft, hard: limit.hard })
 }
@@ -297,7 +302,7 @@ mod tests {
         "process": { "terminal": true, "consoleSize": { "height": 30, "width": 100 }, "args": ["sh", "-c", "id"],
             "user": { "uid": 1000, "gid": 100, "umask": 18, "additionalGids": [4, 5] }, "env": ["PATH=/bin"], "cwd": "/tmp",
             "capabilities": { "bounding": ["CAP_CHOWN", "CAP_KILL"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"] },
-            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512 }], "noNewPrivileges": true, "oomScoreAdj": 100 },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512 }, { "type": "RLIMIT_AS", "hard": 9, "soft": 8 }], "noNewPrivileges": true, "oomScoreAdj": 100 },
         "root": { "path": "rootfs", "readonly": true },
         "hostname": "box",
         "mounts": [
@@ -325,8 +330,11 @@ mod tests {
         );
         let plain = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV;
         let kinds: Vec<_> = container.mounts.iter().map(|mount| (mount.source.clone(), mount.flags)).collect();
-        let file_system =
-            |kind: &str, options: &str| MountSource::FileSystem { kind: kind.into(), options: options.into() };
+        let file_system = |kind: &str, options: &str| MountSource::FileSystem {
+            kind: kind.into(),
+            options: options.into(),
+            name: kind.into(),
+        };
         assert_eq!(
             kinds,
             [
@@ -363,7 +371,8 @@ mod tests {
         assert_eq!((credentials.uid, credentials.gid, credentials.groups), (1000, 100, vec![4, 5]));
         assert_eq!((credentials.umask, credentials.oom_score_adj), (Some(0o22), Some(100)));
         assert_eq!((credentials.capabilities.bounding, credentials.capabilities.effective), (0b10_0001, 1));
-        assert_eq!(process.limits, [Limit { resource: libc::RLIMIT_NOFILE, soft: 512, hard: 1024 }]);
+        let limit = |resource, soft, hard| Limit { resource, soft, hard };
+        assert_eq!(process.limits, [limit(libc::RLIMIT_NOFILE, 512, 1024), limit(libc::RLIMIT_AS, 8, 9)]);
         assert!(process.rights.no_new_privileges && process.stdin);
     }
 

@@ -22,7 +22,9 @@ fn a_container_lives_as_the_specification_says() {
         let binds = binds.map(|(to, from, mode)| {
             json!({ "destination": to, "type": "bind", "source": runtime.path(from), "options": ["rbind", mode] })
         });
-        config["mounts"].as_array_mut().unwrap().extend(binds);
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.extend(binds);
+        mounts.iter_mut().find(|mount| mount["destination"] == "/dev/shm").unwrap()["source"] = "shm".into();
         config["linux"]["cgroupsPath"] = cgroup.as_str().into();
         let cpu = json!({ "quota": 150_000, "period": 100_000 });
         config["linux"]["resources"] =
@@ -41,6 +43,7 @@ fn a_container_lives_as_the_specification_says() {
     runtime.await_output("up\n0\n");
     assert_eq!(runtime.status("c"), "running");
     runtime.run(&["start", "c"]).fails_with("already running");
+    runtime.run(&["exec", "c", "grep", "^shm /dev/shm tmpfs ", "/proc/mounts"]).expect(0);
     runtime.run(&["delete", "c"]).fails_with("running");
     has_its_limits(&cgroup);
     runs_another_process(&runtime);

@@ -16,7 +16,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{Pid, chdir, pivot_root, sethostname};
 
 use crate::errors::{Context, Failure};
-use crate::root::{SHARE, make_dir, mount_at};
+use crate::root::{SHARE, make_dir, mount_at, mount_device};
 use crate::{cgroup, content, report, sys, sysctl, trees};
 
 /// Where the root is mounted until it is entered.
@@ -217,7 +217,7 @@ fn enter_root(root: &str) -> Result<(), Failure> {
 fn attach(mount: &Mount, copy: Option<OwnedFd>) -> Result<(), Failure> {
     let target = behind_links(path(&mount.target));
     let flags = MsFlags::from_bits_truncate(mount.flags);
-    let MountSource::FileSystem { kind, options } = &mount.source else {
+    let MountSource::FileSystem { kind, options, name } = &mount.source else {
         let Some(copy) = copy else { return Ok(()) };
         let copy = File::from(copy);
         make_target(&target, copy.metadata().context("read its source")?.is_dir())?;
@@ -238,7 +238,8 @@ fn attach(mount: &Mount, copy: Option<OwnedFd>) -> Result<(), Failure> {
             let others: Vec<&str> = options.split(',').filter(|option| *option != COPY_UP).collect();
             let below =
                 is_copied.then(|| trees::copy(&target, false).context("find what it begins with")).transpose()?;
-            mount_at(kind, &text(&target), flags, &others.join(","))?;
+            let mounted = mount_device(name, &text(&target), kind, flags, &others.join(","));
+            mounted.context(format_args!("mount {kind} on {}", target.display()))?;
             let below = below.map(|below| (PathBuf::from(format!("/proc/self/fd/{}", below.as_raw_fd())), below));
             below.map_or(Ok(()), |(from, _open)| content::fill(&target, &from))
         }

@@ -67,6 +67,8 @@ pub enum MountSource {
         kind: String,
         /// Its options, such as `size=64m,mode=1777`.
         options: String,
+        /// What it is called in lists of mounts: `shm`.
+        name: String,
     },
     /// A tmpfs that all containers with a mount of this name share.
     Memory {
