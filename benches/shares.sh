@@ -47,12 +47,13 @@ if [ -n "${VIRTIOFSD:-}" ]; then
     done
 fi
 
-# Notes `CONTENDER NAME RATE` for each line of a run. One that does not say that all is well has failed.
+# Notes `CONTENDER NAME RATE` for each line of a run. One that does not say that all is well has failed, which another server may.
 note() {
     tr -d '\r' <"$work/output" >"$work/clean"
     if ! grep -q '^well$' "$work/clean"; then
+        echo "$1:" >&2
         cat "$work/clean" >&2
-        exit 1
+        case $1 in virtiofsd-*) ;; *) exit 1 ;; esac
     fi
     awk -v who="$1" 'NF == 2 && $2 ~ /^[0-9.]+$/ { print who, $1, $2 }' "$work/clean" >>"$work/lines"
 }
@@ -78,7 +79,7 @@ awk '$1 == "container" && !seen[$2]++ { print $2 }' "$work/lines" | while read -
     base=$(median container "$name")
     row="| $name | $base |"
     for contender in ${contenders#container }; do
-        row="$row $(echo "$(median "$contender" "$name") $base" | awk '{ printf "%.3g", $1 / $2 }') |"
+        row="$row $(echo "$(median "$contender" "$name") $base" | awk '{ if (NF == 2) printf "%.3g", $1 / $2 }') |"
     done
     echo "$row"
 done
