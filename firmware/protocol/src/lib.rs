@@ -61,7 +61,7 @@ pub const IDLE: &str = "idle";
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 17;
+pub const VERSION: u16 = 18;
 /// The maximum number of bytes of a stream that are on their way: written by the guest, and not yet in the host's socket.
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).
