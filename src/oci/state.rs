@@ -36,7 +36,7 @@ const SHARE: &str = "share";
 /// The description of a hook that is run in the container.
 const HOOK: &str = "hook.json";
 /// How long the process of a container waits until its creator has noted it.
-const CREATION_TIMEOUT: Duration = Duration::from_secs(10);
+const CREATION_TIMEOUT: Duration = Duration::from_secs(60);
 /// The length of an ID. Those of engines have 64 characters.
 const ID_BYTES_MAX: usize = 255;
 
