@@ -100,7 +100,7 @@ impl Cgroup {
         }
         self.try_enter(resources, memory_mib).inspect_err(|_| {
             // This process is in none yet, unless systemd has made it, which removes it then.
-            self.dirs.iter().for_each(|dir| drop(fs::remove_dir(dir)));
+            self.remove_if_unused();
         })
     }
 
@@ -173,6 +173,11 @@ impl Cgroup {
             }
             Ok(())
         })
+    }
+
+    /// Removes it unless processes are in it: it may be that of others.
+    pub fn remove_if_unused(&self) {
+        self.dirs.iter().for_each(|dir| drop(fs::remove_dir(dir)));
     }
 
     /// The processes in the cgroup.

@@ -319,6 +319,19 @@ impl State {
         if self.has_cgroup { Cgroup::of(&config.linux.cgroups_path, self.systemd_cgroup) } else { Ok(None) }
     }
 
+    /// Removes the cgroup of a container whose process has ended, perhaps after it had made the cgroup and before it noted that.
+    pub fn remove_cgroup(&self, config: &Config) -> Result<()> {
+        match self.cgroup(config)? {
+            Some(cgroup) => cgroup.remove(),
+            None if self.no_cgroup || self.is_placed => Ok(()),
+            None => {
+                let named = Cgroup::of(&config.linux.cgroups_path, self.systemd_cgroup)?;
+                named.iter().for_each(Cgroup::remove_if_unused);
+                Ok(())
+            }
+        }
+    }
+
     /// The status of this container, whose directory is `dir`.
     pub fn status(&self, dir: &Dir) -> Status {
         let Some(process) = self.process else { return Status::Creating };

@@ -171,17 +171,20 @@ impl Creation {
             let terminal = terminal(&config)?;
             self.spawn(root.path(), terminal, leads_session)
         });
-        let ended = begun.and_then(|(mut process, channel)| match prepare(&dir, &config, state, &process, channel) {
-            Ok(()) => Ok(process),
-            Err(error) => {
-                let _ = process.kill().and_then(|()| process.wait());
-                Err(error)
-            }
-        });
+        let ended =
+            begun.and_then(|(mut process, channel)| match prepare(&dir, &config, state.clone(), &process, channel) {
+                Ok(()) => Ok(process),
+                Err(error) => {
+                    let _ = process.kill().and_then(|()| process.wait());
+                    Err(error)
+                }
+            });
         match ended {
             Ok(process) => Ok(Created { root, dir, process }),
             Err(error) => {
                 let _ = delete::clean_up(&root, &dir);
+                // Who deletes the container meanwhile leaves nothing by which it could be found.
+                let _ = state.remove_cgroup(&config);
                 Err(error)
             }
         }

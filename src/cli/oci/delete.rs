@@ -72,10 +72,8 @@ pub fn clean_up(root: &Root, dir: &Dir) -> Result<()> {
             (None, Err(_)) => {}
         }
     }
-    if let (Ok(state), Ok(config)) = (&state, dir.config())
-        && let Ok(Some(cgroup)) = state.cgroup(&config)
-    {
-        cgroup.remove()?;
+    if let (Ok(state), Ok(config)) = (&state, dir.config()) {
+        state.remove_cgroup(&config)?;
     }
     // What a process that was killed has left, where machines are unless something else is known.
     match state {
