@@ -172,12 +172,14 @@ impl Shim {
         let events = Publisher::start(&self.namespace, events_address()?)?;
         let children = Arc::new(Children::default());
         let runtime = Runtime::new(place, children.clone());
-        let shim = service::Shim::new(root, runtime, events, leave)?;
+        let shim = service::Shim::new(root, runtime, events, leave);
         let server = shim.clone();
         let handle = move |method: &str, payload: &[u8], reply| server.handle(method, payload, reply);
         sandbox::spawn("accept", move || ttrpc::serve(&listener, SERVICE, handle)).context("start a thread")?;
         loop {
-            match poll(&mut [PollFd::new(&signals, PollFlags::IN), PollFd::new(shim.memory(), PollFlags::IN)], None) {
+            let mut fds = vec![PollFd::new(&signals, PollFlags::IN)];
+            fds.extend(shim.memory().map(|memory| PollFd::new(memory, PollFlags::IN)));
+            match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error).context("wait for signals"),
             }

@@ -36,7 +36,8 @@ struct Inner {
     root: Root,
     runtime: Runtime,
     events: Publisher,
-    memory: Watch,
+    /// `None` if the host gives no more of them: memory that is short is then told of when a container ends.
+    memory: Option<Watch>,
     tasks: Mutex<BTreeMap<String, Arc<Task>>>,
     /// The IDs of those that are being created.
     creating: Mutex<BTreeSet<String>>,
@@ -47,7 +48,7 @@ struct Inner {
 /// How long a process that was killed may take to be noticed.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a container that is to be deleted may take to be created.
-const CREATION_TIMEOUT: Duration = Duration::from_secs(60);
+const CREATION_TIMEOUT: Duration = Duration::from_secs(90);
 
 type Answer = Result<Vec<u8>, Failure>;
 
@@ -64,9 +65,10 @@ fn nothing() -> Answer {
 }
 
 impl Shim {
-    pub fn new(root: Root, runtime: Runtime, events: Publisher, leave: fn(&Runtime, &Publisher) -> !) -> Result<Shim> {
-        let (tasks, creating, memory) = (Mutex::default(), Mutex::default(), Watch::new()?);
-        Ok(Shim(Arc::new(Inner { root, runtime, events, memory, tasks, creating, leave })))
+    pub fn new(root: Root, runtime: Runtime, events: Publisher, leave: fn(&Runtime, &Publisher) -> !) -> Shim {
+        let memory = Watch::new().inspect_err(|error| log::warn!("watch the memory of containers: {error:#}")).ok();
+        let (tasks, creating) = (Mutex::default(), Mutex::default());
+        Shim(Arc::new(Inner { root, runtime, events, memory, tasks, creating, leave }))
     }
 
     /// Handles a call of the task service.
@@ -174,7 +176,8 @@ impl Shim {
         }));
         let task = Arc::new(Task::new(&id, bundle, Process::added(paths, Vec::new())));
         self.tasks().insert(id.clone(), task.clone());
-        if let Err(error) = self.0.memory.add(&id, &self.0.root.dir(&id)) {
+        let watched = self.0.memory.as_ref().map_or(Ok(()), |memory| memory.add(&id, &self.0.root.dir(&id)));
+        if let Err(error) = watched {
             log::warn!("that memory is short will be told when the container ends: {error:#}");
         }
         self.adopt(&task, "", begun)?;

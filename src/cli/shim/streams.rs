@@ -62,8 +62,20 @@ pub struct Screen {
 impl Screen {
     /// The process has ended: waits until the rest of its output is copied, unless nobody reads it.
     pub fn finish(self) {
-        let _ = self.last.write(1);
+        self.end();
         let _ = self.copying.recv_timeout(LAST_TIMEOUT);
+    }
+
+    /// No reader is waited for any more.
+    fn end(&self) {
+        let _ = self.last.write(1);
+    }
+}
+
+/// A process that nobody deletes, because its container is, or that could not begin.
+impl Drop for Screen {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -16,7 +16,8 @@ use crate::{await_that, runtime};
 fn a_shim_outlives_what_happens_to_its_containers() {
     let node = Node::new(runtime!());
     // A child of the container's process is killed, and that one stays.
-    let script = "(x=x; while :; do x=$x$x; done); while :; do sleep 0.1; done";
+    // It begins when its start has been told.
+    let script = "sleep 2; (x=x; while :; do x=$x$x; done); while :; do sleep 0.1; done";
     let mask = node.runtime.path("mask").display().to_string();
     let address = node.start_shim_with("c", script, |config| {
         config["annotations"]["io.husk.memory"] = "64".into();
@@ -48,7 +49,7 @@ fn is_not_held_up_by_a_reader(node: &Node, address: &str) {
         let tasks = fs::read_dir(format!("/proc/{shim}/task")).unwrap().flatten();
         tasks.filter(|task| fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name == "terminal\n")).count()
     };
-    assert_eq!(threads(), 1);
+    await_that(|| threads() == 1, || "a terminal has no thread".into());
     // Until everything is full.
     thread::sleep(Duration::from_secs(5));
     call::<Empty>(address, "Kill", &Kill { id: "c".into(), exec_id: "e".into(), signal: 9 }).unwrap();

@@ -10,13 +10,13 @@ use crate::oci::oom;
 
 impl Shim {
     /// Readable when it may have to be [noted](Shim::note_short_memory) that memory was short.
-    pub fn memory(&self) -> &Watch {
-        &self.0.memory
+    pub fn memory(&self) -> Option<&Watch> {
+        self.0.memory.as_ref()
     }
 
     /// Tells containerd of containers whose memory was short.
     pub fn note_short_memory(&self) {
-        let marked = self.0.memory.marked();
+        let marked = self.memory().map(Watch::marked).unwrap_or_default();
         marked.iter().filter_map(|id| self.task(id).ok()).for_each(|task| self.tell_short_memory(&task));
     }
 
