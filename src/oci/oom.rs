@@ -24,7 +24,8 @@ impl Mark {
 
     /// Marks the container.
     pub fn set(&self) -> Result<()> {
-        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+        // For reading: whoever is not root may not write to a file that is only readable.
+        let flags = OFlags::CREATE | OFlags::RDONLY | OFlags::CLOEXEC;
         openat(&self.0, FILE, flags, Mode::RUSR).map(drop).context("note that memory was short")
     }
 }

@@ -242,8 +242,14 @@ impl ControlEndpoint {
         if self.out_of_memory_rate.allows() {
             self.note([Event::of(&self.record, "oom")]);
         }
-        self.mark_out_of_memory.as_ref().map_or(Ok(()), |mark| mark())?;
-        if std::mem::replace(&mut self.record.oom_killed, true) { Ok(()) } else { self.write_record() }
+        if std::mem::replace(&mut self.record.oom_killed, true) {
+            return Ok(());
+        }
+        // The machine goes on without it.
+        if let Err(error) = self.mark_out_of_memory.as_ref().map_or(Ok(()), |mark| mark()) {
+            log::warn!("{error:#}");
+        }
+        self.write_record()
     }
 
     /// Records the machine's new state.

@@ -92,7 +92,11 @@ impl Moments for Life<'_> {
     }
 
     fn ran_out_of_memory(&mut self) -> Result<()> {
-        self.mark.set()
+        // The container goes on without it.
+        self.mark.set().or_else(|error| {
+            log::warn!("{error:#}");
+            Ok(())
+        })
     }
 
     fn started(&mut self, failure: Option<&str>) -> Result<()> {
