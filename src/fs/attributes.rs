@@ -70,9 +70,9 @@ impl Worker {
                 last_modification: time(has(set::MTIME), has(set::MTIME_NOW), mtime, mtime_ns),
             };
             let is_set = utimensat(CWD, inode.path(), &times, AtFlags::empty());
-            // Only then the times are those of a handle: a kernel that has written data late also says when that was. Whoever may write to
-            // a file of another user may not set its times, and the host's time of writing stays.
-            let is_late = has(set::FH) && !has(set::SIZE);
+            // Only then the times are those of a handle or come with a size: a kernel that writes data late also says when a file was
+            // changed. Whoever may write to a file of another user may not set its times, and the host's time of writing stays.
+            let is_late = has(set::FH) || has(set::SIZE);
             if !(is_late && is_set == Err(Errno::PERM)) {
                 is_set?;
             }

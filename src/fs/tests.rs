@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 
 use client::{Client, Entry};
 use rustix::fs::{IFlags, OFlags, RenameFlags, ioctl_getflags, ioctl_setflags};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::wire::{ROOT_ID, feature, opcode, set};
 use super::{Cache, Options};
@@ -273,6 +274,25 @@ fn times_of_what_is_written_late_are_the_hosts_where_nobody_may_set_them() {
     let set = [set::MTIME, set::MTIME | set::FH].map(|valid| guest.set_attributes(file.id, valid, 0, (77, 5), 0));
     ioctl_setflags(&opened, flags).unwrap();
     assert_eq!(set, [Err(libc::EPERM), Ok(())]);
+}
+
+#[test]
+fn a_file_of_another_user_is_truncated_with_the_hosts_time() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: not root");
+    }
+    // The server has what this thread has: it may write to all files, and not set their times.
+    let mut sets = capabilities(None).unwrap();
+    sets.effective.remove(CapabilitySet::FOWNER);
+    set_capabilities(None, sets).unwrap();
+    let mut guest = Client::new();
+    fs::write(guest.at("f"), b"data").unwrap();
+    std::os::unix::fs::chown(guest.at("f"), Some(12345), None).unwrap();
+    let file = guest.look_up(ROOT_ID, "f").unwrap();
+    let set = [set::MTIME, set::MTIME | set::SIZE].map(|valid| guest.set_attributes(file.id, valid, 2, (77, 5), 0));
+    assert_eq!(set, [Err(libc::EPERM), Ok(())]);
+    assert_eq!(fs::read(guest.at("f")).unwrap(), b"da");
+    assert_ne!(fs::metadata(guest.at("f")).unwrap().mtime(), 77);
 }
 
 #[test]
