@@ -27,6 +27,8 @@ const SESSIONS_MAX: usize = 100;
 const CONTAINED_MAX: usize = 90;
 /// How long to wait for killed processes; one may hang in a driver.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the kernel may then take to write out what it has in memory. The host ends the machine 30 seconds after the command.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(15);
 
 struct Agent {
     children: Option<SignalFd>,
@@ -66,14 +68,26 @@ pub fn run(main: Session, containers: Containers, prepared: Option<Prepared>, li
     let mut agent =
         Agent { children, listener, pending, main, others, containers, prepared, killed_at: None, kernel_log };
     agent.serve();
-    // A process that was killed ends when what it wrote to a shared folder is on the host. Some may take longer than we have waited.
-    if sys::reap() != Err(Errno::ECHILD) {
-        nix::unistd::sync();
-    }
     if let Some(kept) = agent.prepared.and_then(|prepared| prepared.kept) {
         kept.settle();
     }
+    // A process that was killed ends when what it wrote to a shared folder is on the host. Some may take longer than we have waited.
+    if sys::reap() != Err(Errno::ECHILD) {
+        sync();
+    }
     report::end(agent.main.exit_code())
+}
+
+/// Writes out what the kernel has in memory, as far as that is possible soon: the host of a folder may not answer.
+fn sync() {
+    let (done, is_done) = std::sync::mpsc::channel();
+    let write = move || {
+        nix::unistd::sync();
+        let _ = done.send(());
+    };
+    if std::thread::Builder::new().spawn(write).is_ok() {
+        let _ = is_done.recv_timeout(SYNC_TIMEOUT);
+    }
 }
 
 impl Agent {
