@@ -153,8 +153,9 @@ fn translate(mount: &config::Mount, bundle: &Path, id: &str, number: usize) -> R
     let (flags, data) = options(&mount.options)?;
     let target = mount.destination.clone().into_bytes();
     if flags & libc::MS_BIND == 0 && mount.kind != "bind" {
-        // A device of the host is none of the machine's.
-        let named = mount.source.to_str().filter(|name| !name.is_empty() && !name.contains('/'));
+        // A device of the host is none of the machine's, and neither is a tag of a file system that the machine shares.
+        let is_tag = matches!(mount.kind.as_str(), "virtiofs" | "9p");
+        let named = mount.source.to_str().filter(|name| !name.is_empty() && !name.contains('/') && !is_tag);
         let (kind, name) = (mount.kind.clone(), named.unwrap_or(&mount.kind).to_owned());
         let source = MountSource::FileSystem { kind, options: data.join(","), name };
         return Ok(Translated::FileSystem(Mount { target, source, flags }));
