@@ -29,12 +29,17 @@ in_machine() {
 # QEMU ends when the guest reboots, and virtiofsd when QEMU does.
 in_qemu() {
     "$VIRTIOFSD" --socket-path "$work/socket" --shared-dir "$work/share" --cache "$1" --log-level error &
-    until [ -S "$work/socket" ]; do sleep 0.1; done
+    server=$!
+    until [ -S "$work/socket" ]; do
+        kill -0 "$server" || return 1
+        sleep 0.1
+    done
     "$QEMU" -M microvm,x-option-roms=off,isa-serial=on,rtc=off,pit=off,pic=off,memory-backend=memory -bios qboot.rom \
         -accel kvm -cpu host -m 512 -object memory-backend-memfd,id=memory,size=512M,share=on -nodefaults -no-user-config \
         -display none -serial stdio -no-reboot -chardev "socket,id=share,path=$work/socket" \
         -device vhost-user-fs-device,chardev=share,tag=share -kernel "$KERNEL" -initrd "$INITRD" \
         -append "quiet console=ttyS0 reboot=t end=reboot files=$FILES mib=$MIB" </dev/null
+    kill "$server" 2>/dev/null || true
     wait
     rm -f "$work/socket"
 }
