@@ -79,7 +79,11 @@ median() {
     awk -v who="$1" -v name="$2" '$1 == who && $2 == name { print $3 }' "$work/lines" | sort -n |
         awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'
 }
-echo "| operation | $contenders |" | sed 's/ \([a-z]\)/ | \1/2g'
+header="| operation |"
+for contender in $contenders; do
+    header="$header $contender |"
+done
+echo "$header"
 awk '$1 == "container" && !seen[$2]++ { print $2 }' "$work/lines" | while read -r name; do
     base=$(median container "$name")
     row="| $name | $base |"
