@@ -53,8 +53,9 @@ pub struct ControlEndpoint {
     pub(super) restored_from: Option<String>,
     /// Who waits until the container of the machine is created.
     creator: Option<UnixStream>,
-    /// How often the guest may have it noted that it is short of memory, and what is done then.
+    /// How often the guest may have it noted that it is short of memory.
     out_of_memory_rate: LogRate,
+    /// What is done the first time.
     mark_out_of_memory: Option<Mark>,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
@@ -227,7 +228,7 @@ impl ControlEndpoint {
         Ok(())
     }
 
-    /// Has this done when the guest's kernel has killed processes because memory was short: perhaps several times.
+    /// Has this done when the guest's kernel has killed processes because memory was short: the first time only.
     pub fn mark_out_of_memory_by(&mut self, mark: impl Fn() -> Result<()> + 'static) {
         self.mark_out_of_memory = Some(Box::new(mark));
     }
